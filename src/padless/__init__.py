@@ -1,0 +1,65 @@
+"""padless: a Hugging Face LLaMA computes its real tokens only, and can prove that it is the same.
+
+Importing this package changes nothing and touches no GPU; public names load when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from padless.attention import varlen_attention
+    from padless.errors import (
+        BackendUnavailableError,
+        CheckpointError,
+        EngagementError,
+        PadlessError,
+        UnsupportedError,
+    )
+    from padless.layout import VarlenLayout
+    from padless.llama import replace_llama_attn_with_flash_attn
+    from padless.verification import VerifyReport, verify
+
+__version__ = "0.1.0.dev0"
+
+logging.getLogger("padless").addHandler(logging.NullHandler())
+
+_HOME = {
+    "BackendUnavailableError": "padless.errors",
+    "CheckpointError": "padless.errors",
+    "EngagementError": "padless.errors",
+    "PadlessError": "padless.errors",
+    "UnsupportedError": "padless.errors",
+    "VarlenLayout": "padless.layout",
+    "VerifyReport": "padless.verification",
+    "replace_llama_attn_with_flash_attn": "padless.llama",
+    "varlen_attention": "padless.attention",
+    "verify": "padless.verification",
+}
+
+__all__ = [
+    "BackendUnavailableError",
+    "CheckpointError",
+    "EngagementError",
+    "PadlessError",
+    "UnsupportedError",
+    "VarlenLayout",
+    "VerifyReport",
+    "replace_llama_attn_with_flash_attn",
+    "varlen_attention",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'padless' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

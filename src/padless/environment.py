@@ -1,0 +1,47 @@
+"""What this process can run: versions and importable packages. The only reader of them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from packaging.version import InvalidVersion, Version
+
+
+def package_version(distribution: str) -> Version | None:
+    """Reads the version of an installed distribution; None if it is not installed."""
+    try:
+        return Version(importlib.metadata.version(distribution))
+    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+        return None
+
+
+def import_optional(module: str) -> tuple[ModuleType | None, str]:
+    """Imports a package that may be missing or broken.
+
+    Returns:
+        The module and an empty string, or None and the reason in one line. A compiled extension
+        built for another torch raises OSError or ImportError on loading, some builds anything else:
+        each is a reason here and never an error of the caller.
+    """
+    try:
+        return importlib.import_module(module), ""
+    except Exception as error:
+        # Not BaseException: Ctrl-C during a slow import must still end the program.
+        lines = str(error).splitlines() or [""]
+        return None, f"import {module} failed: {type(error).__name__}: {lines[0]}"
+
+
+def has_sdpa() -> bool:
+    """Whether torch has fused scaled dot product attention (2.0 and later)."""
+    return hasattr(F, "scaled_dot_product_attention")
+
+
+@functools.cache
+def has_sdpa_gqa() -> bool:
+    """Whether torch's SDPA takes fewer KV heads than query heads (`enable_gqa`, 2.5 and later)."""
+    return Version(torch.__version__).release >= (2, 5)

@@ -1,0 +1,1 @@
+"""The version matrix: the golden tests on one transformers per era, over one torch."""

@@ -1,0 +1,176 @@
+"""`dense_attention` and SDPA's switches: grouped heads on every torch, masks, and no cuDNN."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accuracy import draw, expected_visible
+from attention_cases import Case, assert_mask_right, assert_numbers_right
+from padless.backends import sdpa
+from padless.backends.sdpa import dense_attention
+from padless.reference import reference_attention
+
+
+def heads_first(num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws q `(b, h, s, d)` and k, v `(b, hkv, s, d)`."""
+    q = draw(2, 6, 5, 16, seed=1, dtype=torch.float32)
+    k, v = (draw(2, num_kv_heads, 5, 16, seed=seed, dtype=torch.float32) for seed in (2, 3))
+    return q, k, v
+
+
+# Every torch can be without `enable_gqa`; only 2.5 and later can be with it.
+@pytest.fixture(
+    params=sorted({False, sdpa.has_sdpa_gqa()}),
+    ids=lambda with_gqa: "enable_gqa" if with_gqa else "repeated",
+)
+def _grouping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "has_sdpa_gqa", lambda: request.param)
+
+
+MASK = expected_visible(5, 5, causal=False)
+MASK[:, 3] = False
+
+
+@pytest.mark.usefixtures("_grouping")
+@pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
+@pytest.mark.parametrize(
+    "options, visible",
+    [
+        ({}, None),
+        ({"is_causal": True}, expected_visible(5, 5, causal=True)),
+        ({"mask": MASK}, MASK),
+        ({"mask": torch.zeros(5, 5).masked_fill(~MASK, float("-inf"))}, MASK),
+    ],
+    ids=["unmasked", "causal", "bool_mask", "additive_mask"],
+)
+def test_dense_attention_is_right(
+    num_kv_heads: int, options: dict[str, Any], visible: Tensor | None
+) -> None:
+    q, k, v = heads_first(num_kv_heads)
+    out = dense_attention(q, k, v, softmax_scale=0.3, **options)
+    truth = reference_attention(
+        *(x.double().transpose(1, 2) for x in (q, k, v)), visible=visible, softmax_scale=0.3
+    )
+    torch.testing.assert_close(out.double(), truth.transpose(1, 2), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("_grouping")
+def test_packed_attention_with_grouped_heads_is_right_on_every_torch() -> None:
+    case = Case("grouped", (5, 3, 1), (4, 3, 6), head_dim=16)
+    assert_numbers_right(case, "sdpa", torch.float32)
+    assert_mask_right(case, "sdpa", torch.float32)
+
+
+def test_dropout_is_passed_on() -> None:
+    q, k, _ = heads_first(2)
+    # A tenth of weights that sum to 1 is missing from sums of ones, and the rest is scaled up.
+    out = dense_attention(q, k, torch.ones_like(k), softmax_scale=0.3, dropout_p=0.5)
+    assert out.std() > 0.1
+    kept = dense_attention(q, k, torch.ones_like(k), softmax_scale=0.3, dropout_p=0.0)
+    torch.testing.assert_close(kept, torch.ones_like(kept))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Records what SDPA is asked, and lets tensors pretend to be on CUDA."""
+    record: list[dict[str, Any]] = []
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        record.append({"num_kv_heads": k.shape[1], "dtype": q.dtype, **options})
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(sdpa, "_without_cudnn", lambda q: contextlib.nullcontext())
+    monkeypatch.setattr(sdpa, "has_sdpa_gqa", lambda: True)
+    return record
+
+
+class OnCuda(Tensor):
+    """A CPU tensor that says it is on CUDA."""
+
+    is_cuda = True
+
+
+# On CUDA the flash kernel alone takes grouped heads; it takes neither a mask nor float32.
+@pytest.mark.parametrize(
+    "dtype, mask, expanded",
+    [
+        (torch.bfloat16, None, False),
+        (torch.float16, None, False),
+        (torch.float32, None, True),
+        (torch.bfloat16, MASK, True),
+        (torch.float32, MASK, True),
+    ],
+    ids=["bf16", "fp16", "fp32", "bf16_masked", "fp32_masked"],
+)
+def test_grouped_heads_on_cuda_never_fall_to_the_math_kernel(
+    calls: list[dict[str, Any]], dtype: torch.dtype, mask: Tensor | None, expanded: bool
+) -> None:
+    q, k, v = (x.to(dtype).as_subclass(OnCuda) for x in heads_first(2))
+    dense_attention(q, k, v, mask=mask, softmax_scale=0.3)
+    assert calls[0]["num_kv_heads"] == (6 if expanded else 2)
+    assert calls[0].get("enable_gqa", False) is not expanded
+
+
+def test_grouped_heads_on_the_cpu_are_not_repeated_in_memory(calls: list[dict[str, Any]]) -> None:
+    dense_attention(*heads_first(2), mask=MASK, softmax_scale=0.3)
+    assert calls[0]["num_kv_heads"] == 2
+    assert calls[0]["enable_gqa"] is True
+
+
+# One call for equal lengths, also where the first queries see no key; else one a sequence.
+@pytest.mark.parametrize(
+    "seqlens_q, seqlens_k, expected",
+    [
+        ((4, 4, 4), None, 1),
+        ((4, 4), (9, 9), 1),
+        ((9, 9), (4, 4), 1),
+        ((4, 3, 0, 2), None, 3),
+        ((4, 3), (0, 5), 1),
+    ],
+    ids=["equal", "equal_more_keys", "equal_more_queries", "ragged", "no_key"],
+)
+def test_sdpa_is_called_once_where_lengths_are_equal(
+    calls: list[dict[str, Any]],
+    seqlens_q: tuple[int, ...],
+    seqlens_k: tuple[int, ...] | None,
+    expected: int,
+) -> None:
+    case = Case("count", seqlens_q, seqlens_k, head_dim=16)
+    case.attend(*(x.detach() for x in case.inputs(torch.float32)), backend="sdpa")
+    assert len(calls) == expected
+
+
+def test_square_sequences_are_causal_without_a_mask(calls: list[dict[str, Any]]) -> None:
+    case = Case("square", (4, 9, 1), (4, 3, 7), head_dim=16)
+    case.attend(*(x.detach() for x in case.inputs(torch.float32)), backend="sdpa")
+    assert [call["attn_mask"] for call in calls] == [None] * 3
+    # One query at the end of its keys sees them all.
+    assert [call["is_causal"] for call in calls] == [True, True, False]
+
+
+@pytest.mark.requires("torch.nn.attention")
+def test_cudnn_is_left_out_on_cuda_and_nothing_is_switched_on_the_cpu() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with sdpa._without_cudnn(SimpleNamespace(is_cuda=True)):  # type: ignore[arg-type]
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert torch.backends.cuda.math_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    with sdpa._without_cudnn(torch.zeros(1)):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_a_torch_that_cannot_switch_kernels_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.nn.attention", None)
+    with sdpa._without_cudnn(SimpleNamespace(is_cuda=True)):  # type: ignore[arg-type]
+        pass
