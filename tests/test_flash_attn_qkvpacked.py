@@ -253,6 +253,15 @@ def test_out_of_memory_is_the_callers_and_no_refusal(monkeypatch: pytest.MonkeyP
     assert attend(packed())[0] == "fa2"
 
 
+def test_broken_device_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **options: Any) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    install(monkeypatch, **{V2: broken})
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        attend(packed())
+
+
 def test_no_token_at_all_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = StandIn()
     install(monkeypatch, **{V2: kernel.v2})

@@ -53,6 +53,18 @@ def _positions(hidden: Tensor) -> Tensor:
     return torch.arange(hidden.shape[1])[None].expand(hidden.shape[0], -1)
 
 
+def _spy_on_sdpa(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    seen: list[dict[str, object]] = []
+    sdpa = F.scaled_dot_product_attention
+
+    def spy(*args: object, **kwargs: object) -> Tensor:
+        seen.append(kwargs)
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return seen
+
+
 def _flash_attn(monkeypatch: pytest.MonkeyPatch, function: str) -> list[dict[str, object]]:
     """Puts a stand-in flash-attn in place that checks its arguments and computes the truth."""
     calls: list[dict[str, object]] = []
@@ -172,14 +184,7 @@ def test_s4_s5_padding_never_reaches_the_kernel(
 
 @pytest.mark.parametrize("padding", ["none", "right"])
 def test_s6_training_is_one_causal_sdpa_call(monkeypatch: pytest.MonkeyPatch, padding: str) -> None:
-    seen = []
-    sdpa = F.scaled_dot_product_attention
-
-    def spy(*args: object, **kwargs: object) -> Tensor:
-        seen.append(kwargs)
-        return sdpa(*args, **kwargs)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    seen = _spy_on_sdpa(monkeypatch)
     layer = _layer().train()
     _, real = batch(padding)
     hidden = torch.randn(3, real.shape[1], 64)
@@ -188,6 +193,21 @@ def test_s6_training_is_one_causal_sdpa_call(monkeypatch: pytest.MonkeyPatch, pa
     assert seen[0]["is_causal"] is True and seen[0]["dropout_p"] == 0.0
     assert seen[0]["attn_mask"] is None
     _judge("training", out, layer, hidden, real)
+
+
+@pytest.mark.parametrize("path", ["sdpa", "flash"])
+def test_s6_right_padded_training_through_the_model_needs_no_mask(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    # Whatever mask this version makes for a right-padded batch, SDPA runs causal and without it.
+    model = build_model().train()
+    ids, real = batch("right")
+    run_logits(model, ids, real.long(), use_cache=False)
+    with patched(path):
+        seen = _spy_on_sdpa(monkeypatch)
+        run_logits(model, ids, real.long(), use_cache=False)
+    assert len(seen) == {"sdpa": 1, "flash": 3}[path] * model.config.num_hidden_layers
+    assert all(call["attn_mask"] is None and call["is_causal"] for call in seen)
 
 
 def test_s6_training_does_not_ignore_padding_on_the_left() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from golden import oracle
 from golden.models import (
+    HEAD_DIM,
     HEADS,
     PADDINGS,
     PATHS,
@@ -189,3 +190,27 @@ def test_sdpa_path_never_weighs_padding(padding: str, mode: str) -> None:
             for x in (embeds, other)
         )
     assert torch.equal(clean, dirty)
+
+
+@pytest.mark.case("masks")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_mask_probe_finds_exactly_the_visible_keys(path: str, mode: str, padding: str) -> None:
+    # Without queries every visible key weighs the same, and key j's value is the j-th unit vector:
+    # what is not zero in the output is what was visible. No tolerance hides a wrong pair.
+    layer = build_model().train(mode == "train").model.layers[0].self_attn
+    _, real = batch(padding)
+    seqlen = real.shape[1]
+    kv_heads = layer.v_proj.weight.shape[0] // HEAD_DIM
+    with torch.no_grad():
+        layer.q_proj.weight.zero_()
+        layer.v_proj.weight.copy_(torch.eye(HEAD_DIM, 64).repeat(kv_heads, 1))
+        layer.o_proj.weight.copy_(torch.eye(64))
+    hidden = torch.eye(seqlen, 64).expand(3, -1, -1)
+    expected = oracle.causal_visible_keys(real)[:, 0]
+    for name, mask in _layer_masks(real).items():
+        out = FORWARDS[path](layer, hidden, mask)[0].view(3, seqlen, -1, HEAD_DIM)
+        for head in range(out.shape[2]):
+            seen = out[:, :, head, :seqlen] != 0
+            assert torch.equal(seen[real], expected[real]), f"{name}, head {head}"

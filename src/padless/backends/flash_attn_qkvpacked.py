@@ -87,9 +87,10 @@ def qkvpacked_attention(
             softmax_scale=softmax_scale,
             causal=causal,
         )
-    except torch.cuda.OutOfMemoryError:
-        raise
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA error" in str(error):
+            # Not a refusal: the device ran out of memory, or is broken for this process.
+            raise
         _refused.add(asked)
         _logger.warning(
             "the installed flash-attn refuses %s on %s with head_dim %d (%s); "

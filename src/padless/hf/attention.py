@@ -1,60 +1,24 @@
 """One call of a LLaMA attention layer, the same on every transformers version.
 
-Reads what a decoder layer (or a caller of the original's signature) hands over, projects, rotates,
-keeps the cache, and returns what the caller unpacks. What attends in between is `padless.llama`'s.
+Projects, rotates, keeps the cache, and returns what the caller unpacks. What attends in between is
+`padless.llama`'s.
 """
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from padless.errors import UnsupportedError
-from padless.hf.eras import Era, installed_era
+from padless.hf.call import Layer, LayerCall, is_preallocated, modeling_llama, seen_tokens
 from padless.hf.masks import LayerMask
-
-# A LlamaAttention of some transformers version: its attributes are not the same in all of them.
-Layer = Any
 
 # Tables for modules that have lost their own (4.48 and later) and are called without any.
 _rotary_tables: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """What one call asks for, whatever the version names it.
-
-    Attributes:
-        hidden_states: `(batch, seqlen, hidden_size)`.
-        attention_mask: as it came.
-        position_ids: int `(batch or 1, seqlen)` or None.
-        past: None, a `(k, v)` tuple, or a transformers Cache.
-        output_attentions: whether the weights are wanted.
-        use_cache: whether keys and values are wanted back.
-        position_embeddings: `(cos, sin)` or None.
-        cache_position: int `(seqlen,)` or None.
-        is_causal: whether a missing mask means causal.
-        by_decoder_layer: called by a decoder layer rather than by the original's signature.
-        era: of the transformers in this process.
-    """
-
-    hidden_states: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    past: Any
-    output_attentions: bool
-    use_cache: bool
-    position_embeddings: tuple[Tensor, Tensor] | None
-    cache_position: Tensor | None
-    is_causal: bool
-    by_decoder_layer: bool
-    era: Era
 
 
 @dataclass(frozen=True)
@@ -78,78 +42,6 @@ class Projected:
     softmax_scale: float
 
 
-def modeling_llama() -> ModuleType:
-    """Imports `transformers.models.llama.modeling_llama`."""
-    return importlib.import_module("transformers.models.llama.modeling_llama")
-
-
-def stock_reason(module: Layer, attention_mask: Any) -> str | None:
-    """Says why a call belongs to the stock path; None if padless serves it.
-
-    A mask that is no tensor (flex attention's) and caches that are paged belong to implementations
-    with rules of their own.
-    """
-    config = getattr(module, "config", None)
-    implementation = getattr(config, "_attn_implementation", None) or "eager"
-    ours = implementation in ("eager", "sdpa") or "flash" in implementation
-    if not ours or "paged" in implementation:
-        return f"attention implementation {implementation!r}"
-    if attention_mask is not None and not isinstance(attention_mask, Tensor):
-        return f"attention_mask of type {type(attention_mask).__name__}"
-    return None
-
-
-def read_call(
-    module: Layer,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    past_key_value: Any,
-    output_attentions: bool,
-    use_cache: bool,
-    extra: dict[str, Any],
-) -> LayerCall:
-    """Collects a call's arguments; names that mean nothing to attention are left alone.
-
-    Raises:
-        TypeError: hidden_states is not a floating tensor.
-        ValueError: hidden_states is not `(batch, seqlen, hidden_size)` or holds no token.
-        UnsupportedError: transformers is older than all eras.
-    """
-    if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
-        came = getattr(hidden_states, "dtype", type(hidden_states).__name__)
-        raise TypeError(f"hidden_states must be a floating tensor, got {came}")
-    if hidden_states.dim() != 3 or hidden_states.shape[1] == 0 or hidden_states.shape[0] == 0:
-        raise ValueError(
-            f"hidden_states must have shape (batch, seqlen, hidden_size) with at least one token, "
-            f"got {tuple(hidden_states.shape)}"
-        )
-    era = installed_era()
-    past = extra.get("past_key_values", past_key_value)
-    if past is None:
-        past = past_key_value
-    if era.cache_attribute and getattr(module, "past_key_value", None) is not None:
-        # 4.38 to 4.40 hang a static cache on the module, and it wins over the argument.
-        past = module.past_key_value
-    is_causal = extra.get("is_causal")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    position_embeddings = extra.get("position_embeddings")
-    return LayerCall(
-        hidden_states=hidden_states,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past=past,
-        output_attentions=bool(output_attentions),
-        use_cache=bool(use_cache),
-        position_embeddings=position_embeddings,
-        cache_position=extra.get("cache_position"),
-        is_causal=bool(is_causal),
-        by_decoder_layer=position_embeddings is not None or era.returned == 3,
-        era=era,
-    )
-
-
 def project(module: Layer, call: LayerCall) -> Projected:
     """Projects, rotates and caches; reads the mask.
 
@@ -167,9 +59,9 @@ def project(module: Layer, call: LayerCall) -> Projected:
     v = module.v_proj(hidden).view(heads).transpose(1, 2)
     projected_dtype = v.dtype
     mask = None
-    if not _is_preallocated(call.past):
+    if not is_preallocated(call.past):
         # Read before the cache grows: a mask that is refused must leave the cache as it was.
-        seqlen_k = _seen_tokens(module, call) + seqlen_q
+        seqlen_k = seen_tokens(module, call) + seqlen_q
         mask = _read_mask(call, call.attention_mask, q, seqlen_k, is_aligned=True)
     q, k, cos, sin = _rotate(module, call, q, k, v)
     k, v, present = _update_cache(module, call, k, v, cos, sin)
@@ -215,7 +107,7 @@ def _rotate(
     if call.position_embeddings is not None:
         cos, sin = call.position_embeddings
         return (*apply(q, k, cos, sin), cos, sin)
-    seen = _seen_tokens(module, call)
+    seen = seen_tokens(module, call)
     position_ids = call.position_ids
     if position_ids is None:
         position_ids = torch.arange(seen, seen + q.shape[2], device=q.device).unsqueeze(0)
@@ -234,26 +126,6 @@ def _rotary_table(module: Layer) -> nn.Module:
     return _rotary_tables[module]
 
 
-def _seen_tokens(module: Layer, call: LayerCall) -> int:
-    past = call.past
-    if past is None:
-        return 0
-    if isinstance(past, (tuple, list)):
-        return int(past[0].shape[-2])
-    if hasattr(past, "get_usable_length") and call.era.rotary == "seq_len":
-        return int(past.get_usable_length(call.hidden_states.shape[1], module.layer_idx))
-    return int(past.get_seq_length(module.layer_idx))
-
-
-def _is_preallocated(past: Any) -> bool:
-    """Whether a cache hands out all its slots, filled or not (a static cache)."""
-    if past is None or isinstance(past, (tuple, list)):
-        return False
-    # By name: the class is not there before 4.38, and newer versions flag what is like it.
-    named = any(base.__name__ == "StaticCache" for base in type(past).__mro__)
-    return named or bool(getattr(past, "is_compileable", False))
-
-
 def _read_mask(
     call: LayerCall, raw: Tensor | None, q: Tensor, seqlen_k: int, *, is_aligned: bool
 ) -> LayerMask:
@@ -267,6 +139,7 @@ def _read_mask(
         cache_position=call.cache_position,
         is_aligned=is_aligned,
         device=q.device,
+        boundaries=call.boundaries,
     )
 
 

@@ -7,7 +7,7 @@ that the packed and the causal kernels can serve them. Everything else is kept d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,23 +21,19 @@ _HIDDEN_BELOW = -1e4
 
 
 @dataclass(frozen=True)
-class KeyPadding:
-    """Which keys are real, and on which side the padding is.
+class PackedMask:
+    """A mask that the packed kernels can serve: causal within sequences, some slots padding.
 
     Attributes:
-        layout_k: real keys of each row.
-        layout_q: real queries of each row: the last seqlen_q columns of the same mask.
-        is_right: no row has padding in front of a real token.
+        layout_k: the sequences in the keys.
+        layout_q: the same in the queries, the last seqlen_q columns of each row.
+        causal_suffices: the causal mask alone gives real queries the same: one sequence a row, and
+            no padding in front of a real token.
     """
 
     layout_k: VarlenLayout
     layout_q: VarlenLayout
-    is_right: bool
-
-    @property
-    def is_trivial(self) -> bool:
-        """Whether every key is real."""
-        return self.layout_k.indices is None
+    causal_suffices: bool
 
 
 class LayerMask:
@@ -52,6 +48,8 @@ class LayerMask:
         is_causal: whether None means causal (bottom-right) or everything.
         cache_position: int `(seqlen_q,)`; picks the rows of a mask that has more than the call.
         is_aligned: the last key is the last query's own; not so for a preallocated cache.
+        boundaries: where packed documents begin, if raw is None and the call says so: cu_seqlens
+            `(documents + 1,)`, or position_ids `(batch or 1, seqlen_q)` that restart.
         device: where the queries are.
 
     Raises:
@@ -71,6 +69,7 @@ class LayerMask:
         cache_position: Tensor | None,
         is_aligned: bool,
         device: torch.device,
+        boundaries: Tensor | None = None,
     ) -> None:
         self.raw = raw
         self.shape = (batch, num_heads, seqlen_q, seqlen_k)
@@ -78,6 +77,8 @@ class LayerMask:
         self.is_aligned = is_aligned
         self.device = device
         self._cache_position = cache_position
+        # A mask says it all, and behind a cache there is no packing.
+        self._boundaries = boundaries if raw is None and seqlen_q == seqlen_k else None
         if raw is not None:
             self._validate(raw)
 
@@ -116,6 +117,8 @@ class LayerMask:
         Returns:
             bool (True = attend) or additive float, as it came; None if every key is visible.
         """
+        if self.raw is None and self._boundaries is not None:
+            return self._within_documents()
         if self.raw is None:
             return self._causal()
         if self.raw.dim() == 4:
@@ -139,25 +142,57 @@ class LayerMask:
             return dense | blind
         return dense.masked_fill(blind, 0.0)
 
-    def key_padding(self) -> KeyPadding | None:
-        """Recognises "causal, and these keys are padding"; None if the mask is anything else.
+    def packed(self) -> PackedMask | None:
+        """Recognises causal attention within packed or padded rows; None for any other mask.
 
         Note:
             Synchronises twice per mask tensor, not per layer: the answer is kept on the tensor.
         """
-        if not self.is_aligned or (self.raw is None and not self.is_causal):
+        if not self.is_aligned or (
+            not self.is_causal and (self.raw is None or self.raw.dim() == 2)
+        ):
             return None
+        if self._boundaries is not None:
+            documents = self._documents()
+            return PackedMask(documents, documents, len(documents.lengths) == self.shape[0])
         if self.raw is None:
             batch, _, seqlen_q, seqlen_k = self.shape
-            layouts = [
+            layout_q, layout_k = (
                 VarlenLayout.from_rows(batch, n, device=self.device) for n in (seqlen_q, seqlen_k)
-            ]
-            return KeyPadding(layouts[1], layouts[0], is_right=True)
-        if self.raw.dim() == 2 and not self.is_causal:
-            return None
-        return _kept_on(self.raw, (self.shape, self.is_causal), self._read_key_padding)
+            )
+            return PackedMask(layout_k, layout_q, causal_suffices=True)
+        return _kept_on(self.raw, (self.shape, self.is_causal), self._recognise)
 
-    def _read_key_padding(self) -> KeyPadding | None:
+    def _documents(self) -> VarlenLayout:
+        """Builds the layout of packed documents, once for each boundaries tensor."""
+        boundaries = self._boundaries
+        assert boundaries is not None
+        batch, _, seqlen, _ = self.shape
+
+        def build() -> VarlenLayout:
+            if boundaries.dim() == 1:
+                layout = VarlenLayout.from_cu_seqlens(boundaries)
+            else:
+                layout = VarlenLayout.from_position_ids(boundaries.expand(batch, -1))
+            if layout.total != batch * seqlen:
+                raise ValueError(
+                    f"cu_seq_lens_q must end at the {batch * seqlen} tokens of the batch, "
+                    f"got {layout.total}"
+                )
+            return replace(layout, batch=batch, seqlen=seqlen)
+
+        return _kept_on(boundaries, (batch, seqlen), build)
+
+    def _within_documents(self) -> Tensor:
+        batch, _, seqlen, _ = self.shape
+        lengths = torch.tensor(self._documents().lengths, device=self.device)
+        documents = torch.arange(lengths.numel(), device=self.device).repeat_interleave(lengths)
+        documents = documents.view(batch, 1, seqlen)
+        same = documents.unsqueeze(-1) == documents.unsqueeze(-2)  # (b, 1, s, s)
+        causal = self._causal()
+        return same if causal is None else same & causal
+
+    def _recognise(self) -> PackedMask | None:
         assert self.raw is not None
         batch, _, seqlen_q, seqlen_k = self.shape
         if self.raw.dim() == 2:
@@ -187,7 +222,7 @@ class LayerMask:
         layout_q = layout_k
         if seqlen_q != seqlen_k:
             layout_q = VarlenLayout.from_mask(real[:, seqlen_k - seqlen_q :])
-        return KeyPadding(layout_k, layout_q, bool(right))
+        return PackedMask(layout_k, layout_q, bool(right))
 
     def _causal(self) -> Tensor | None:
         _, _, seqlen_q, seqlen_k = self.shape

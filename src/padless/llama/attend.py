@@ -12,8 +12,9 @@ from padless.backends.flash_attn_qkvpacked import qkvpacked_attention
 from padless.backends.request import AttentionRequest
 from padless.backends.sdpa import dense_attention
 from padless.environment import has_sdpa
-from padless.hf.attention import LayerCall, Projected
-from padless.hf.masks import KeyPadding
+from padless.hf.attention import Projected
+from padless.hf.call import LayerCall
+from padless.hf.masks import PackedMask
 from padless.selection import select_backend
 
 
@@ -40,13 +41,13 @@ def attend_flash(module: nn.Module, call: LayerCall, p: Projected) -> Attended:
     if call.output_attentions:
         return Attended("explicit", *_explicitly(p, dropout_p), tokens)
     # The packed backends have no dropout.
-    padding = p.mask.key_padding() if dropout_p == 0.0 else None
-    if padding is None and not has_sdpa():
+    packed = p.mask.packed() if dropout_p == 0.0 else None
+    if packed is None and not has_sdpa():
         return Attended("explicit", _explicitly(p, dropout_p)[0], None, tokens)
-    if padding is None:
+    if packed is None:
         return Attended("sdpa_masked", _with_sdpa(p, dropout_p), None, tokens)
-    backend, out = _packed(p, padding)
-    return Attended(backend, out, None, padding.layout_q.total)
+    backend, out = _packed(p, packed)
+    return Attended(backend, out, None, packed.layout_q.total)
 
 
 def attend_2(module: nn.Module, call: LayerCall, p: Projected) -> Attended:
@@ -104,9 +105,9 @@ def _with_sdpa(p: Projected, dropout_p: float) -> Tensor:
     Returns:
         `(batch, seqlen_q, num_heads, head_dim)`.
     """
-    padding = p.mask.key_padding()
+    packed = p.mask.packed()
     square = p.q.shape[2] == p.k.shape[2]
-    is_causal = square and padding is not None and (padding.is_trivial or padding.is_right)
+    is_causal = square and packed is not None and packed.causal_suffices
     out = dense_attention(
         p.q,
         p.k,
@@ -119,13 +120,13 @@ def _with_sdpa(p: Projected, dropout_p: float) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _packed(p: Projected, padding: KeyPadding) -> tuple[str, Tensor]:
+def _packed(p: Projected, packed: PackedMask) -> tuple[str, Tensor]:
     """Attends over real tokens only: unpads, runs a packed kernel, pads back with zeros.
 
     Returns:
         The backend's name and `(batch, seqlen_q, num_heads, head_dim)`.
     """
-    layout_q, layout_k = padding.layout_q, padding.layout_k
+    layout_q, layout_k = packed.layout_q, packed.layout_k
     q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))  # (b, s, h, d)
     if q.shape == k.shape:
         qkv = layout_q.unpad(torch.stack([q, k, v], dim=2))  # (total, 3, h, d)

@@ -12,7 +12,7 @@ from typing import Any
 
 from padless.environment import has_sdpa
 from padless.errors import EngagementError
-from padless.hf.attention import modeling_llama
+from padless.hf.call import modeling_llama
 from padless.hf.eras import Era, installed_era
 from padless.llama.handle import Change, Handle, Path
 from padless.llama.ledger import ledger

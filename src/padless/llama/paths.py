@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from padless.errors import UnsupportedError
-from padless.hf.attention import LayerCall, finish, project, read_call, stock_reason
+from padless.hf.attention import finish, project
+from padless.hf.call import LayerCall, read_call, stock_reason
 from padless.llama.attend import Attended, attend_2, attend_flash
 from padless.llama.ledger import ledger
 from padless.llama.stock import stock_forward

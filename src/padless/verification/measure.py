@@ -22,7 +22,7 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         UnsupportedError: there is none.
     """
-    from padless.hf.attention import modeling_llama
+    from padless.hf.call import modeling_llama
 
     layers = [m for m in model.modules() if isinstance(m, modeling_llama().LlamaAttention)]
     if not layers:
