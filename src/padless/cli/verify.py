@@ -27,7 +27,7 @@ def verify_command(
     batch: Annotated[
         Path | None, typer.Option(help="Text file, one text a line; default: own English prose.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(_DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)} (slow on a CPU).")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     path: Annotated[str, typer.Option(help="sdpa (forward_2), flash (forward), or both.")] = "both",
     new_tokens: Annotated[int, typer.Option(help="Greedy tokens to compare.", min=1)] = 64,

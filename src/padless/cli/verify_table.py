@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -53,11 +55,11 @@ def _table(path: PathReport) -> Table:
         verdict = Text("ok", style="green") if check.passed else Text("FAIL", style="bold red")
         table.add_row(check.name, verdict, _found(check))
     table.add_section()
-    table.add_row("backends", "", ", ".join(path.backends) or "none")
+    table.add_row("backends", "", _backends(path))
     table.add_row(
         "tokens computed",
         "",
-        f"{path.computed_tokens} of {path.batch_tokens} by attention, each layer and step",
+        f"{path.computed_tokens} of {path.batch_tokens} by attention, each layer",
     )
     table.add_row(
         "training step",
@@ -68,11 +70,17 @@ def _table(path: PathReport) -> Table:
     return table
 
 
+def _backends(path: PathReport) -> str:
+    """Names the layers with what served them; alike layers together."""
+    layers = Counter(" and ".join(sorted(layer.backends)) or "none" for layer in path.layers)
+    return "; ".join(f"{count} layers: {names}" for names, count in layers.items())
+
+
 def _found(check: Check) -> str:
     if check.rms_error is None:
         return check.detail
     short = (
-        f"RMS error {check.rms_error:.1e}, unpatched {check.stock_rms_error:.1e}, "
+        f"RMS {check.rms_error:.1e}, unpatched {check.stock_rms_error:.1e}, "
         f"allowed {check.rms_budget:.1e}"
     )
     return short if check.passed else check.detail

@@ -138,18 +138,18 @@ def time_ms(run: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def judge(name: str, pairs: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> Check:
+def judge(name: str, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Check:
     """Judges tensors by error budget: RMS at most twice, maximum three times the stock model's.
 
     Args:
         name: of the check.
         pairs: (patched, stock, truth) tensors; the worst of them decides.
-        dtype: of the model; its eps gives the floor of a few roundings.
 
     Note:
-        Every tensor has its own budget. A fault in one layer would drown in a common one.
+        Every tensor has its own budget. A fault in one layer would drown in a common one. The
+        floor is a few roundings of float32; what half precision adds is in the unpatched error.
     """
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(torch.float32).eps
     checks = []
     for got, stock, truth in pairs:
         truth = truth.double()
