@@ -24,6 +24,7 @@ _ROPE = {
         },
         "4.45",
     ),
+    "proportional": ({"partial_rotary_factor": 0.5, "factor": 2.0}, "5.10"),
     "llama3": (
         {
             "factor": 4.0,

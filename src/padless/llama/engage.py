@@ -18,7 +18,7 @@ from padless.llama.handle import Change, Handle, Path
 from padless.llama.ledger import ledger
 from padless.llama.paths import _prepare_decoder_attention_mask, forward, forward_2
 from padless.llama.proof import prove_engaged, tiny_outputs
-from padless.llama.stock import forget_stock_forwards, remember_stock_forward
+from padless.llama.stock import forget_stock_forwards, remember_stock_forward, stock_forward
 
 _logger = logging.getLogger("padless")
 _active: Handle | None = None
@@ -71,15 +71,13 @@ def engage(path: Path) -> Handle:
     applied: list[Change] = []
     try:
         for change in changes:
-            change.apply()
+            _put_in_place(change)
             applied.append(change)
-            if change.attribute == "forward":
-                remember_stock_forward(change.owner, change.old)
         prove_engaged(before)
     except BaseException:
         for change in reversed(applied):
             change.revert()
-        forget_stock_forwards()
+        _forget()
         raise
     ledger.clear()
     from transformers import __version__
@@ -99,22 +97,32 @@ def suspended() -> Iterator[None]:
         return
     for change in reversed(handle.changes):
         change.revert()
-    _active = None
+    _forget()
     kept = ledger.exchange(weakref.WeakKeyDictionary())
     try:
         yield
     finally:
         ledger.exchange(kept)
-        for change in handle.changes:
-            change.apply()
-            if change.attribute == "forward":
-                remember_stock_forward(change.owner, change.old)
+        for change in _plan(handle.path, installed_era(), modeling_llama()):
+            _put_in_place(change)
         _active = handle
 
 
+def _put_in_place(change: Change) -> None:
+    change.apply()
+    if change.attribute == "forward":
+        remember_stock_forward(change.owner, change.old)
+
+
 def _forget() -> None:
+    """Ends the engagement once the classes have their stock forwards back."""
     global _active
     _active = None
+    # Layers that were hooked meanwhile hold on to ours.
+    for layer, bound in _bound_methods(modeling_llama().LlamaAttention):
+        stock = stock_forward(type(layer))
+        if bound.__func__ in (forward, forward_2) and stock is not None:
+            layer._old_forward = MethodType(stock, layer)
     forget_stock_forwards()
 
 
@@ -147,16 +155,32 @@ def _plan_bound_early(
 
     Accelerate's hooks (device_map, CPU offload) keep the method that they found as `_old_forward`.
     """
-    changes, others = [], 0
-    for layer in gc.get_objects():
-        if not issubclass(type(layer), attention):
-            continue
-        bound = vars(layer).get("_old_forward")
-        if isinstance(bound, MethodType) and bound.__func__ in stock:
-            where = f"{type(layer).__name__}[{getattr(layer, 'layer_idx', '?')}]._old_forward"
-            changes.append(Change(layer, "_old_forward", bound, MethodType(new, layer), where))
-        elif "forward" in vars(layer):
-            others += 1
+    changes = [
+        Change(
+            layer,
+            "_old_forward",
+            bound,
+            MethodType(new, layer),
+            f"{type(layer).__name__}[{getattr(layer, 'layer_idx', '?')}]._old_forward",
+        )
+        for layer, bound in _bound_methods(attention)
+        if bound.__func__ in stock
+    ]
+    others = sum(
+        "forward" in vars(layer) and "_old_forward" not in vars(layer)
+        for layer in _living(attention)
+    )
     if others:
         _logger.warning("%d LLaMA attention layers have a forward of their own: kept", others)
     return changes
+
+
+def _bound_methods(attention: type) -> Iterator[tuple[Any, MethodType]]:
+    for layer in _living(attention):
+        bound = vars(layer).get("_old_forward")
+        if isinstance(bound, MethodType):
+            yield layer, bound
+
+
+def _living(attention: type) -> list[Any]:
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), attention)]
