@@ -126,13 +126,15 @@ class _Run:
         self._stage("unpatched and truth: logits and gradients")
         truth, self.truth_dtype = measure.truth_copy(self.model)
         for batch in self.batches:
-            pair = [measure.real_logits(m, batch) for m in (self.model, truth)]
-            self.logits[batch.side] = (pair[0], pair[1])
-            steps = [measure.training_step(m, batch) for m in (self.model, truth)]
-            self.gradients[batch.side] = (steps[0], steps[1])
+            logits = measure.real_logits(self.model, batch)
+            gradients = measure.training_step(self.model, batch)
+            with measure.as_truth(self.truth_dtype):
+                self.logits[batch.side] = (logits, measure.real_logits(truth, batch))
+                self.gradients[batch.side] = (gradients, measure.training_step(truth, batch))
         self._stage("unpatched: greedy tokens")
         self.tokens = self._greedy()
-        self.margins = self._margins(truth)
+        with measure.as_truth(self.truth_dtype):
+            self.margins = self._margins(truth)
 
     def patched(self, path: Path, num_layers: int) -> PathReport:
         """Runs every check under one path."""
