@@ -119,9 +119,10 @@ def _forget() -> None:
     global _active
     _active = None
     # Layers that were hooked meanwhile hold on to ours.
-    for layer, bound in _bound_methods(modeling_llama().LlamaAttention):
+    for layer in _living(modeling_llama().LlamaAttention):
+        bound = vars(layer).get("_old_forward")
         stock = stock_forward(type(layer))
-        if bound.__func__ in (forward, forward_2) and stock is not None:
+        if stock is not None and getattr(bound, "__func__", None) in (forward, forward_2):
             layer._old_forward = MethodType(stock, layer)
     forget_stock_forwards()
 
@@ -155,32 +156,22 @@ def _plan_bound_early(
 
     Accelerate's hooks (device_map, CPU offload) keep the method that they found as `_old_forward`.
     """
-    changes = [
-        Change(
-            layer,
-            "_old_forward",
-            bound,
-            MethodType(new, layer),
-            f"{type(layer).__name__}[{getattr(layer, 'layer_idx', '?')}]._old_forward",
-        )
-        for layer, bound in _bound_methods(attention)
-        if bound.__func__ in stock
-    ]
-    others = sum(
-        "forward" in vars(layer) and "_old_forward" not in vars(layer)
-        for layer in _living(attention)
-    )
+    changes, others = [], 0
+    for layer in _living(attention):
+        bound = vars(layer).get("_old_forward")
+        if isinstance(bound, MethodType) and bound.__func__ in stock:
+            where = f"{type(layer).__name__}[{getattr(layer, 'layer_idx', '?')}]._old_forward"
+            changes.append(Change(layer, "_old_forward", bound, MethodType(new, layer), where))
+        elif bound is None and "forward" in vars(layer):
+            others += 1
     if others:
         _logger.warning("%d LLaMA attention layers have a forward of their own: kept", others)
     return changes
 
 
-def _bound_methods(attention: type) -> Iterator[tuple[Any, MethodType]]:
-    for layer in _living(attention):
-        bound = vars(layer).get("_old_forward")
-        if isinstance(bound, MethodType):
-            yield layer, bound
-
-
 def _living(attention: type) -> list[Any]:
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), attention)]
+    """Finds every instance of a class and its subclasses; an instance refers to its class."""
+    classes = [attention]
+    for cls in classes:
+        classes.extend(cls.__subclasses__())
+    return [thing for thing in gc.get_referrers(*classes) if isinstance(thing, attention)]
