@@ -113,3 +113,8 @@ def test_layout_refuses_what_does_not_fit(build: Any, error: type[Exception], me
     with pytest.raises(error) as caught:
         build()
     assert str(caught.value) == message
+
+
+def test_more_tokens_than_int32_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 tokens .* got 2147483648; split"):
+        VarlenLayout.from_lengths([2**30, 2**30])

@@ -214,5 +214,10 @@ def _is_integral(tensor: Tensor) -> bool:
 
 
 def _cu_seqlens(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    if sum(lengths) >= 2**31:
+        raise ValueError(
+            f"a layout must hold fewer than 2**31 tokens (cu_seqlens are int32), "
+            f"got {sum(lengths)}; split the batch"
+        )
     sums = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return F.pad(sums, (1, 0)).to(device, non_blocking=True)
