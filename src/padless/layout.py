@@ -89,9 +89,14 @@ class VarlenLayout:
     def from_rows(
         cls, batch: int, seqlen: int, *, device: torch.device | str = "cpu"
     ) -> VarlenLayout:
-        """Builds the layout of a batch without padding: every row is real from end to end."""
-        lengths = (seqlen,) * batch
-        return cls(lengths, _cu_seqlens(lengths, device), None, batch, seqlen)
+        """Builds the layout of a batch without padding: every row is real from end to end.
+
+        Note:
+            Made on the device, without a copy from the host.
+        """
+        _check_total(batch * seqlen)
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
+        return cls((seqlen,) * batch, cu_seqlens, None, batch, seqlen)
 
     @classmethod
     def from_lengths(
@@ -214,10 +219,14 @@ def _is_integral(tensor: Tensor) -> bool:
 
 
 def _cu_seqlens(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    if sum(lengths) >= 2**31:
-        raise ValueError(
-            f"a layout must hold fewer than 2**31 tokens (cu_seqlens are int32), "
-            f"got {sum(lengths)}; split the batch"
-        )
+    _check_total(sum(lengths))
     sums = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return F.pad(sums, (1, 0)).to(device, non_blocking=True)
+
+
+def _check_total(total: int) -> None:
+    if total >= 2**31:
+        raise ValueError(
+            f"a layout must hold fewer than 2**31 tokens (cu_seqlens are int32), "
+            f"got {total}; split the batch"
+        )

@@ -214,3 +214,19 @@ def test_mask_probe_finds_exactly_the_visible_keys(path: str, mode: str, padding
         for head in range(out.shape[2]):
             seen = out[:, :, head, :seqlen] != 0
             assert torch.equal(seen[real], expected[real]), f"{name}, head {head}"
+
+
+@pytest.mark.case("masks")
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_picked_from_a_larger_mask_are_read_each_time(path: str) -> None:
+    # 4.38 hands over one mask for all positions; the same object may serve calls at other rows.
+    # Rows 0 and 1 are causal; rows 2 and 3 see everything and must not pass for the same.
+    layer = build_model().train().model.layers[0].self_attn
+    causal = torch.ones(2, 2, dtype=torch.bool).tril()
+    other = torch.ones(2, 2, dtype=torch.bool)
+    mask = torch.cat([causal, other])[None, None]
+    hidden = torch.randn(1, 2, 64)
+    for rows, visible in (([0, 1], causal), ([2, 3], other)):
+        out = FORWARDS[path](layer, hidden, mask, cache_position=torch.tensor(rows))[0]
+        baseline, truth = oracle.layer_truth(layer, hidden, visible[None, None])
+        judge(f"rows {rows}", out, baseline, truth)

@@ -101,3 +101,13 @@ def test_flash_attention_2_reads_positions_that_restart(path: str, mode: str) ->
     with patched(path):
         got = run_logits(model, ids, None, position_ids=_positions())
     torch.testing.assert_close(got, torch.cat(alone, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_documents_across_rows_are_refused(path: str, mode: str) -> None:
+    # As many documents as rows, but not the rows: neither path may take them for plain rows.
+    layer = build_model().train(mode == "train").model.layers[0].self_attn
+    bounds = torch.tensor([0, 3, 10], dtype=torch.int32)
+    with pytest.raises(ValueError, match="must have a boundary at the end of each row of 5"):
+        FORWARDS[path](layer, torch.randn(2, 5, 64), cu_seq_lens_q=bounds)

@@ -6,6 +6,7 @@ has to know. A new era is one more record.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,4 +97,10 @@ def installed_era() -> Era:
         raise UnsupportedError(
             f"transformers must be installed ({OLDEST} or newer), got: {error}"
         ) from error
-    return era_of(Version(__version__))
+    return _era_of_text(__version__)
+
+
+@functools.cache
+def _era_of_text(version: str) -> Era:
+    # Every layer of every forward asks.
+    return era_of(Version(version))

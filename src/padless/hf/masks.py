@@ -8,6 +8,7 @@ that the packed and the causal kernels can serve them. Everything else is kept d
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -154,13 +155,17 @@ class LayerMask:
             return None
         if self._boundaries is not None:
             documents = self._documents()
+            # Documents end where rows do: as many of both are the rows themselves.
             return PackedMask(documents, documents, len(documents.lengths) == self.shape[0])
         if self.raw is None:
             batch, _, seqlen_q, seqlen_k = self.shape
-            layout_q, layout_k = (
-                VarlenLayout.from_rows(batch, n, device=self.device) for n in (seqlen_q, seqlen_k)
-            )
+            layout_k = layout_q = VarlenLayout.from_rows(batch, seqlen_k, device=self.device)
+            if seqlen_q != seqlen_k:
+                layout_q = VarlenLayout.from_rows(batch, seqlen_q, device=self.device)
             return PackedMask(layout_k, layout_q, causal_suffices=True)
+        if self.raw.dim() == 4 and self.raw.shape[2] != self.shape[2]:
+            # Which rows of it are meant differs between calls: nothing to keep on the mask.
+            return self._recognise()
         return _kept_on(self.raw, (self.shape, self.is_causal), self._recognise)
 
     def _documents(self) -> VarlenLayout:
@@ -178,6 +183,12 @@ class LayerMask:
                 raise ValueError(
                     f"cu_seq_lens_q must end at the {batch * seqlen} tokens of the batch, "
                     f"got {layout.total}"
+                )
+            ends = set(accumulate(layout.lengths))
+            if not ends.issuperset(range(seqlen, batch * seqlen + 1, seqlen)):
+                raise ValueError(
+                    f"cu_seq_lens_q must have a boundary at the end of each row of {seqlen} "
+                    f"tokens, got {boundaries.tolist()}"
                 )
             return replace(layout, batch=batch, seqlen=seqlen)
 
