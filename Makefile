@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help verify test unit matrix lint format clean
+.PHONY: help verify test unit matrix tables lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ unit: $(INSTALLED) ## Unit tests on the installed transformers
 
 matrix: $(INSTALLED) ## Golden tests on all transformers versions
 	@$(BIN)/python -m tests.matrix.run
+
+tables: $(INSTALLED) ## Tables and plots of docs/performance.md from the committed records
+	@$(BIN)/python -m benchmarks.render
 
 lint: $(INSTALLED) ## Ruff and mypy
 	@$(BIN)/ruff check --quiet .

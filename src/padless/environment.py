@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -36,6 +39,13 @@ def import_optional(module: str) -> tuple[ModuleType | None, str]:
         return None, f"import {module} failed: {type(error).__name__}: {lines[0]}"
 
 
+def cache_folder() -> Path:
+    """Finds where padless keeps files between runs: `$PADLESS_CACHE`, else the user's cache."""
+    if own := os.environ.get("PADLESS_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "padless"
+
+
 def has_sdpa() -> bool:
     """Whether torch has fused scaled dot product attention (2.0 and later)."""
     return hasattr(F, "scaled_dot_product_attention")
@@ -45,3 +55,31 @@ def has_sdpa() -> bool:
 def has_sdpa_gqa() -> bool:
     """Whether torch's SDPA takes fewer KV heads than query heads (`enable_gqa`, 2.5 and later)."""
     return Version(torch.__version__).release >= (2, 5)
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export is tracing this call."""
+    compiler = getattr(torch, "compiler", None)
+    if compiler is not None and hasattr(compiler, "is_compiling"):
+        return bool(compiler.is_compiling())
+    return bool(torch._dynamo.is_compiling())
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether work on the tensor's device is being captured as a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit is tracing this call."""
+    return bool(torch._C._get_tracing_state())
+
+
+def trial_device() -> torch.device:
+    """Where a small model of transformers can run: on the GPU once Liger is in this process.
+
+    Liger replaces functions of transformers by Triton kernels for every model, also for one on the
+    CPU, where they cannot run.
+    """
+    with_liger = "liger_kernel" in sys.modules and torch.cuda.is_available()
+    return torch.device("cuda" if with_liger else "cpu")

@@ -1,0 +1,85 @@
+"""The rotary kernel without a GPU: its numbers in Triton's interpreter, and what it compiles to."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rotary_cases import INTERPRETED
+
+
+@pytest.mark.requires("triton")
+def test_kernel_passes_its_tests_in_the_interpreter() -> None:
+    file = Path(__file__).with_name("rotary_interpreted.py")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"],
+        env={**environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # An empty file, or one that skips, does not pass.
+    summary = done.stdout.strip().splitlines()[-1]
+    passed = re.fullmatch(r"(\d+) passed(?:, \d+ warnings?)? in .*", summary)
+    assert passed and int(passed[1]) > 4 * len(INTERPRETED), summary
+
+
+# 72 is a multiple of 8 alone, and its half of 4: vectors of 8 bytes, where the others get 16.
+@pytest.mark.requires("triton")
+@pytest.mark.parametrize("head_dim, width", [(64, 4), (128, 4), (80, 4), (72, 2)])
+def test_kernel_is_compiled_to_vector_loads_and_stores(
+    head_dim: int, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx = _ptx(num_heads=32, num_kv_heads=32, head_dim=head_dim)
+    stores = re.findall(r"st\.global\.(\S+)", ptx)
+    assert set(stores) == {f"v{width}.b32"}
+    assert not re.search(r"ld\.global\.\S*b16", ptx)
+
+
+def _ptx(*, num_heads: int, num_kv_heads: int, head_dim: int) -> str:
+    """Compiles the kernel for Hopper, which takes no GPU, as a launch in bfloat16 would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from padless.kernels import rotary_triton
+
+    kernel = rotary_triton._rotary_kernel
+    tiles = rotary_triton._tiles(num_heads, num_kv_heads, head_dim // 2)
+    q, k = (torch.empty(2, heads, head_dim) for heads in (num_heads, num_kv_heads))
+    constants = {
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HALF": head_dim // 2,
+        "BLOCK_HEADS": tiles.block_heads,
+        "BLOCK_KV_HEADS": tiles.block_kv_heads,
+        "BLOCK_HALF": tiles.block_half,
+        "ALIGN": rotary_triton._strides(q, k, q, k, q[:, 0], q[:, 0])[0],
+        "TRANSPOSED": False,
+    }
+    types = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*bf16")
+        for name in kernel.arg_names
+    } | dict.fromkeys(rotary_triton._STRIDES, "i32")
+    # Memory that torch allocates is aligned to 16 bytes and more.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name.endswith("_ptr")
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": tiles.num_warps},
+    )
+    return str(compiled.asm["ptx"])
