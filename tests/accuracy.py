@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Window = tuple[int | None, int | None]
 
 
 def assert_within_budget(
@@ -91,10 +92,20 @@ def draw(*shape: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> Ten
     return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
 
-def expected_visible(seqlen_q: int, seqlen_k: int, *, causal: bool) -> Tensor:
+def expected_visible(
+    seqlen_q: int, seqlen_k: int, *, causal: bool, window_size: Window = (None, None)
+) -> Tensor:
     """Writes out which keys `(seqlen_q, seqlen_k)` each query of one sequence sees."""
-    everything = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool)
-    return everything.tril(seqlen_k - seqlen_q) if causal else everything
+    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool)
+    shift = seqlen_k - seqlen_q
+    left, right = window_size
+    if causal:
+        visible = visible.tril(shift)
+    if left is not None:
+        visible = visible.triu(shift - left)
+    if right is not None:
+        visible = visible.tril(shift + right)
+    return visible
 
 
 def visible_keys(
@@ -147,6 +158,7 @@ def assert_mask_exact(
     seqlens_k: Sequence[int],
     *,
     causal: bool,
+    window_size: Window = (None, None),
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -165,7 +177,8 @@ def assert_mask_exact(
         device=device,
     )
     blocks = [
-        expected_visible(n, m, causal=causal) for n, m in zip(seqlens_q, seqlens_k, strict=True)
+        expected_visible(n, m, causal=causal, window_size=window_size)
+        for n, m in zip(seqlens_q, seqlens_k, strict=True)
     ]
     pairs = torch.block_diag(*blocks).bool()  # (total_q, total_k)
     groups = num_heads // num_kv_heads

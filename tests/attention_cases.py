@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accuracy import assert_mask_exact, assert_within_budget, draw, eager_baseline, expected_visible
+from accuracy import (
+    Window,
+    assert_mask_exact,
+    assert_within_budget,
+    draw,
+    eager_baseline,
+    expected_visible,
+)
 from padless.attention import varlen_attention
 from padless.layout import VarlenLayout
 from padless.reference import reference_attention
@@ -29,6 +36,7 @@ class Case:
         head_dim: size of one head.
         causal: bottom-right aligned, or every key visible.
         softmax_scale: None for the default.
+        window_size: keys visible to the left and to the right; None for all.
     """
 
     name: str
@@ -39,6 +47,7 @@ class Case:
     head_dim: int = 64
     causal: bool = True
     softmax_scale: float | None = None
+    window_size: Window = (None, None)
 
     def __str__(self) -> str:
         return self.name
@@ -53,8 +62,21 @@ class Case:
         """The factor of the scores that the definition uses."""
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
+    def visible(self, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """Writes out which keys each query of one sequence sees."""
+        return expected_visible(
+            seqlen_q, seqlen_k, causal=self.causal, window_size=self.window_size
+        )
+
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, backend: str, softmax_scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        backend: str,
+        softmax_scale: float | None = None,
+        deterministic: bool | None = None,
     ) -> Tensor:
         """Calls `varlen_attention` as a user would."""
         layout_k = None
@@ -68,6 +90,8 @@ class Case:
             layout_k=layout_k,
             causal=self.causal,
             softmax_scale=self.softmax_scale if softmax_scale is None else softmax_scale,
+            window_size=self.window_size,
+            deterministic=deterministic,
             backend=backend,
         )
 
@@ -82,9 +106,11 @@ class Case:
 
 
 # Chosen to tell faults apart: three heads a KV head (groups swapped), lengths of 0, 1 and around
-# the kernels' tiles of 64 and 128, one length for all (SDPA's call without a loop) and a first one
-# that is only the mean, fewer and more keys than queries, which only bottom-right alignment gets
-# right, and a head_dim no kernel likes.
+# the kernels' tiles of 64 and 128, one length for all or for some (where SDPA is called for several
+# at once) and a first one that is only the mean, fewer and more keys than queries, which only
+# bottom-right alignment gets right, and a head_dim no kernel likes. Windows of one key, narrower
+# and wider than sequences, on both sides, and with other numbers of keys; under causal the right
+# side counts for nothing.
 CASES = (
     Case("ragged_gqa", (5, 1, 0, 17, 33)),
     Case("ragged_mha", (10, 2, 18), num_heads=4, num_kv_heads=4),
@@ -95,6 +121,8 @@ CASES = (
     Case("one_token", (1,)),
     Case("one_token_each", (1, 1, 1)),
     Case("equal_lengths", (12, 12, 12)),
+    Case("some_equal_lengths", (12, 5, 12, 0, 5, 12)),
+    Case("some_equal_keys", (1, 1, 1, 1), (9, 4, 9, 9)),
     Case("equal_lengths_more_keys", (3, 3, 3), (9, 9, 9)),
     Case("equal_lengths_more_queries", (9, 9), (4, 4)),
     Case("more_keys", (1, 4, 7), (16, 5, 20)),
@@ -103,6 +131,16 @@ CASES = (
     Case("not_causal", (5, 0, 18), causal=False),
     Case("not_causal_other_keys", (5, 3, 8), (2, 9, 0), causal=False),
     Case("scale_given", (6, 11), softmax_scale=0.3),
+    Case("window", (5, 1, 0, 17, 33), window_size=(4, None)),
+    Case("window_of_one_key", (5, 9), window_size=(0, 7)),
+    Case("window_wider_than_all", (5, 9), window_size=(9, None)),
+    Case("window_equal_lengths", (12, 12, 12), window_size=(3, None)),
+    Case("window_more_keys", (1, 4, 7), (16, 5, 20), window_size=(3, None)),
+    Case("window_more_queries", (9, 4, 6, 2), (3, 4, 0, 1), window_size=(2, None)),
+    Case("window_both_sides", (5, 0, 18, 8), (5, 3, 18, 2), causal=False, window_size=(3, 2)),
+    Case("window_right_only", (5, 12), (9, 4), causal=False, window_size=(None, 3)),
+    Case("window_left_only", (5, 12), (9, 4), causal=False, window_size=(3, None)),
+    Case("window_tile_edges", (65, 129), window_size=(64, None), num_heads=3, num_kv_heads=1),
 )
 
 
@@ -110,7 +148,7 @@ def by_definition(case: Case, q: Tensor, k: Tensor, v: Tensor, one_sequence: One
     """Runs a function of one sequence over a packed batch, cut by plain counting."""
     pieces, at_q, at_k = [], 0, 0
     for n, m in zip(case.seqlens_q, case.keys, strict=True):
-        visible = expected_visible(n, m, causal=case.causal).to(q.device)
+        visible = case.visible(n, m).to(q.device)
         pieces.append(
             one_sequence(q[at_q : at_q + n], k[at_k : at_k + m], v[at_k : at_k + m], visible)
         )
@@ -170,6 +208,7 @@ def assert_mask_right(case: Case, backend: str, dtype: torch.dtype, device: str 
         case.seqlens_q,
         case.keys,
         causal=case.causal,
+        window_size=case.window_size,
         num_heads=case.num_heads,
         num_kv_heads=case.num_kv_heads,
         head_dim=case.head_dim,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import padless.attention
+import padless.dispatch
 from attention_cases import CASES, Case, assert_mask_right, assert_numbers_right
 from padless.attention import varlen_attention
+from padless.backends import sdpa
 from padless.backends.request import AttentionRequest
 from padless.layout import VarlenLayout
-from padless.selection import Selection, select_backend
+from padless.selection import Selection, forget_selections, select_backend
 
 BACKENDS = ("sdpa", "reference")
 NAN = float("nan")
@@ -24,11 +28,11 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Selection]]:
     """Records the trace of every call to `select_backend`, which still decides."""
     record: list[Selection] = []
 
-    def recorded(request: AttentionRequest, backend: str = "auto") -> Selection:
-        record.append(select_backend(request, backend))
+    def recorded(request: AttentionRequest, *arguments: Any, **options: Any) -> Selection:
+        record.append(select_backend(request, *arguments, **options))
         return record[-1]
 
-    monkeypatch.setattr(padless.attention, "select_backend", recorded)
+    monkeypatch.setattr(padless.dispatch, "select_backend", recorded)
     yield record
 
 
@@ -160,7 +164,7 @@ def test_no_token_at_all_gives_an_empty_output(lengths: tuple[int, ...], backend
     out = case.attend(q, k, v, backend=backend)
     assert out.shape == q.shape
     out.sum().backward()
-    assert q.grad is not None
+    assert [x.grad is not None for x in (q, k, v)] == [True] * 3
 
 
 # No key for any query is answered before a backend is asked; no key for those queries that there
@@ -197,7 +201,9 @@ def test_auto_takes_sdpa_on_the_cpu(
     out = case.attend(*case.inputs(dtype), backend="auto")
     assert out.dtype == dtype
     assert [selection.name for selection in selections] == ["sdpa"]
-    assert [candidate.name for candidate in selections[0].trace] == ["torch_varlen", "sdpa"]
+    *rejected, chosen = selections[0].trace
+    assert chosen.name == "sdpa"
+    assert {candidate.rejected for candidate in rejected} == {"needs CUDA, got cpu"}
 
 
 def test_default_scale_is_that_of_the_definition() -> None:
@@ -205,3 +211,79 @@ def test_default_scale_is_that_of_the_definition() -> None:
     q, k, v = (x.detach() for x in case.inputs(torch.float32))
     given = case.attend(q, k, v, backend="sdpa", softmax_scale=0.25)
     assert torch.equal(case.attend(q, k, v, backend="sdpa"), given)
+
+
+# A request says whether gradients will be asked for, what the mask is and whether to repeat.
+@pytest.mark.parametrize("takes_grad", [0, 1, 2, None], ids=["q", "k", "v", "none"])
+def test_a_backend_is_asked_for_what_the_call_needs(
+    takes_grad: int | None, selections: list[Selection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[AttentionRequest] = []
+    monkeypatch.setattr(sdpa, "reject", lambda request: asked.append(request))
+    case = Case("asked", (3, 2), num_heads=4, head_dim=16, causal=False, window_size=(2, 1))
+    inputs = [x.detach() for x in case.inputs(torch.float32)]
+    if takes_grad is not None:
+        inputs[takes_grad].requires_grad_()
+    forget_selections()
+    case.attend(*inputs, backend="sdpa", deterministic=True)
+    with torch.no_grad():
+        case.attend(*inputs, backend="sdpa", deterministic=False)
+    expected = AttentionRequest(
+        torch.device("cpu"), torch.float32, 16, 4, 2, False, (2, 1), True, takes_grad is not None
+    )
+    assert asked == [expected, replace(expected, deterministic=False, needs_grad=False)]
+    forget_selections()
+
+
+def test_determinism_is_by_default_what_torch_is_told(selections: list[Selection]) -> None:
+    seen: list[bool] = []
+
+    def recorded(*tensors: Any, deterministic: bool, **options: Any) -> Tensor:
+        seen.append(deterministic)
+        return sdpa.varlen(*tensors, deterministic=deterministic, **options)
+
+    case = Case("told", (3, 2), head_dim=16)
+    inputs = case.inputs(torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(padless.dispatch, "adapter", lambda name: SimpleNamespace(varlen=recorded))
+        case.attend(*inputs, backend="sdpa")
+        try:
+            torch.use_deterministic_algorithms(True)
+            case.attend(*inputs, backend="sdpa")
+            case.attend(*inputs, backend="sdpa", deterministic=False)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_repeat_bit_for_bit_when_asked(backend: str) -> None:
+    case = Case("repeat", (33, 7, 33), head_dim=32)
+    inputs = case.inputs(torch.bfloat16)
+    runs = [
+        torch.autograd.grad(
+            case.attend(*inputs, backend=backend, deterministic=True).square().sum(), inputs
+        )
+        for _ in range(5)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
+
+
+# A float32 layer inside autocast stays one, forward and backward.
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_change_the_dtype_that_is_computed_in(backend: str) -> None:
+    case = Case("autocast", (9, 4), head_dim=16)
+    inputs = case.inputs(torch.float32)
+    expected = case.attend(*inputs, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = case.attend(*inputs, backend=backend)
+    assert torch.equal(out, expected)
+
+
+def test_a_list_is_a_window_too() -> None:
+    case = Case("list", (5, 9), head_dim=16, window_size=(2, None))
+    q, k, v = (x.detach() for x in case.inputs(torch.float32))
+    layout = VarlenLayout.from_lengths(case.seqlens_q)
+    out = varlen_attention(q, k, v, layout, window_size=[2, None], backend="sdpa")  # type: ignore[arg-type]
+    assert torch.equal(out, case.attend(q, k, v, backend="sdpa"))

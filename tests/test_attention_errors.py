@@ -11,6 +11,7 @@ from torch import Tensor
 from padless.attention import varlen_attention
 from padless.errors import BackendUnavailableError, PadlessError
 from padless.layout import VarlenLayout
+from padless.selection import BACKENDS
 
 
 def packed(
@@ -106,8 +107,25 @@ REFUSED = {
     "backend_is_unknown": (
         {"backend": "cudnn"},
         ValueError,
-        "backend must be 'auto' or one of torch_varlen, sdpa, reference, got 'cudnn'",
+        f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got 'cudnn'",
     ),
+    **{
+        f"window_is_{name}": (
+            {"window_size": window},
+            ValueError,
+            "window_size must be (left, right), each an integer of at least 0 or None for no "
+            f"bound, got {window!r}",
+        )
+        for name, window in {
+            "spelled_otherwise": (-1, 0),
+            "a_number": 4,
+            "too_short": (4,),
+            "too_long": (4, 0, 0),
+            "a_fraction": (None, 0.5),
+            "a_flag": (True, None),
+            "nothing": None,
+        }.items()
+    },
 }
 
 

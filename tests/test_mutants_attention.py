@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import padless.attention
-from accuracy import expected_visible
+import padless.dispatch
+from accuracy import Window, expected_visible
 from attention_cases import Case, assert_mask_right, assert_numbers_right
 from padless.layout import VarlenLayout
 from padless.reference import reference_attention
@@ -29,10 +29,15 @@ def by_mask(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, softmax_scale: 
     )[0]
 
 
-def pairs(layout_q: VarlenLayout, layout_k: VarlenLayout, causal: bool) -> Tensor:
+def pairs(
+    layout_q: VarlenLayout,
+    layout_k: VarlenLayout,
+    causal: bool,
+    window_size: Window = (None, None),
+) -> Tensor:
     """Says which keys each query sees, sequences apart."""
     blocks = [
-        expected_visible(n, m, causal=causal)
+        expected_visible(n, m, causal=causal, window_size=window_size)
         for n, m in zip(layout_q.lengths, layout_k.lengths, strict=True)
     ]
     return torch.block_diag(*blocks).bool()
@@ -44,8 +49,9 @@ def mutant(
     inputs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
     scale: Callable[[float], float] | None = None,
     out: Callable[[Tensor], Tensor] | None = None,
+    window: Callable[[Window], Window] | None = None,
 ) -> Backend:
-    """Builds a backend with a fault in its mask, inputs, scale or output; right without one."""
+    """Builds a backend with a fault in mask, inputs, scale, output or window; right without one."""
 
     def varlen(
         q: Tensor,
@@ -56,8 +62,12 @@ def mutant(
         *,
         causal: bool,
         softmax_scale: float,
+        window_size: Window,
+        deterministic: bool,
     ) -> Tensor:
-        visible = pairs(layout_q, layout_k, causal)
+        if window is not None:
+            window_size = window(window_size)
+        visible = pairs(layout_q, layout_k, causal, window_size)
         if mask is not None:
             visible = mask(visible, layout_q, layout_k, causal)
         if inputs is not None:
@@ -158,8 +168,21 @@ def wrong_dv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, WrongDv.apply(v)
 
 
+def window_top_left(
+    visible: Tensor, layout_q: VarlenLayout, layout_k: VarlenLayout, causal: bool
+) -> Tensor:
+    """Counts the window from the first key, and causal from the last."""
+    blocks = [
+        expected_visible(n, m, causal=causal) & torch.ones(n, m, dtype=torch.bool).triu(-LEFT)
+        for n, m in zip(layout_q.lengths, layout_k.lengths, strict=True)
+    ]
+    return torch.block_diag(*blocks).bool()
+
+
 # Grouped heads, more keys than queries, and more than one sequence: every mutant shows on it.
 CASE = Case("mutant", (9, 20, 12), (14, 20, 17))
+LEFT = 4
+WINDOW_CASE = Case("mutant_window", (9, 20, 12), (14, 20, 17), window_size=(LEFT, None))
 NUMBERS = {
     "top_left": mutant(mask=top_left),
     "not_causal": mutant(mask=not_causal),
@@ -175,6 +198,12 @@ NUMBERS = {
     "dk_halved": mutant(inputs=keys_without_gradient),
     "dv_2_percent_off": mutant(inputs=wrong_dv),
 }
+WINDOWS = {
+    "window_ignored": mutant(window=lambda window: (None, None)),
+    "window_one_key_short": mutant(window=lambda window: (LEFT - 1, None)),
+    "window_one_key_long": mutant(window=lambda window: (LEFT + 1, None)),
+    "window_top_left": mutant(mask=window_top_left),
+}
 # One wrong pair among hundreds can hide in a rounding budget, never in the probe.
 MASKS = {
     name: NUMBERS[name]
@@ -189,7 +218,7 @@ MASKS = {
 
 def serve(monkeypatch: pytest.MonkeyPatch, varlen: Backend) -> None:
     """Lets every call of `varlen_attention` be served by this backend."""
-    monkeypatch.setattr(padless.attention, "adapter", lambda name: SimpleNamespace(varlen=varlen))
+    monkeypatch.setattr(padless.dispatch, "adapter", lambda name: SimpleNamespace(varlen=varlen))
 
 
 # float32 is measured by a fixed bound, the half types by budgets: both must see every fault.
@@ -201,8 +230,9 @@ def test_checks_are_green_without_a_fault(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(monkeypatch, mutant())
-    assert_numbers_right(CASE, "sdpa", dtype)
-    assert_mask_right(CASE, "sdpa", dtype)
+    for case in (CASE, WINDOW_CASE):
+        assert_numbers_right(case, "sdpa", dtype)
+        assert_mask_right(case, "sdpa", dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,3 +253,15 @@ def test_mask_probe_goes_red(
     serve(monkeypatch, varlen)
     with pytest.raises(AssertionError, match="mask entries are wrong"):
         assert_mask_right(CASE, "sdpa", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("varlen", WINDOWS.values(), ids=WINDOWS)
+def test_a_wrong_window_goes_red(
+    varlen: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch, varlen)
+    with pytest.raises(AssertionError, match="of sdpa in torch"):
+        assert_numbers_right(WINDOW_CASE, "sdpa", dtype)
+    with pytest.raises(AssertionError, match="mask entries are wrong"):
+        assert_mask_right(WINDOW_CASE, "sdpa", dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accuracy import draw, expected_visible
-from padless.reference import causal_visible, reference_attention
+from padless.reference import causal_visible, reference_attention, visible_keys
 
 
 def by_loops(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -71,3 +71,29 @@ def test_causal_visible_is_aligned_bottom_right_as_drawn() -> None:
 def test_causal_visible_is_the_definition_pair_by_pair(seqlen_q: int, seqlen_k: int) -> None:
     expected = expected_visible(seqlen_q, seqlen_k, causal=True)
     assert torch.equal(causal_visible(seqlen_q, seqlen_k), expected)
+
+
+def test_window_is_aligned_bottom_right_as_drawn() -> None:
+    drawn = visible_keys(2, 4, window_size=(1, 0))
+    assert drawn.int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("seqlen_q", [0, 1, 2, 5])
+@pytest.mark.parametrize("seqlen_k", [0, 1, 2, 5])
+@pytest.mark.parametrize("left", [None, 0, 1, 9])
+@pytest.mark.parametrize("right", [None, 0, 1, 9])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "not_causal"])
+def test_window_is_the_definition_pair_by_pair(
+    seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, causal: bool
+) -> None:
+    visible = visible_keys(seqlen_q, seqlen_k, causal=causal, window_size=(left, right))
+    assert visible.shape == (seqlen_q, seqlen_k)
+    for i in range(seqlen_q):
+        for j in range(seqlen_k):
+            ahead = j - (i + seqlen_k - seqlen_q)
+            sees = (
+                (not causal or ahead <= 0)
+                and (left is None or ahead >= -left)
+                and (right is None or ahead <= right)
+            )
+            assert bool(visible[i, j]) == sees

@@ -88,7 +88,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return q
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
-    monkeypatch.setattr(sdpa, "_without_cudnn", lambda q: contextlib.nullcontext())
+    monkeypatch.setattr(sdpa, "_kernels", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(sdpa, "has_sdpa_gqa", lambda: True)
     return record
 
@@ -126,7 +126,7 @@ def test_grouped_heads_on_the_cpu_are_not_repeated_in_memory(calls: list[dict[st
     assert calls[0]["enable_gqa"] is True
 
 
-# One call for equal lengths, also where the first queries see no key; else one a sequence.
+# One call for each pair of lengths, also where the first queries see no key.
 @pytest.mark.parametrize(
     "seqlens_q, seqlens_k, expected",
     [
@@ -134,11 +134,21 @@ def test_grouped_heads_on_the_cpu_are_not_repeated_in_memory(calls: list[dict[st
         ((4, 4), (9, 9), 1),
         ((9, 9), (4, 4), 1),
         ((4, 3, 0, 2), None, 3),
+        ((4, 3, 4, 0, 3, 4), None, 2),
+        ((1, 1, 1, 1), (9, 4, 9, 4), 2),
         ((4, 3), (0, 5), 1),
     ],
-    ids=["equal", "equal_more_keys", "equal_more_queries", "ragged", "no_key"],
+    ids=[
+        "equal",
+        "equal_more_keys",
+        "equal_more_queries",
+        "ragged",
+        "two_groups",
+        "decoding",
+        "no_key",
+    ],
 )
-def test_sdpa_is_called_once_where_lengths_are_equal(
+def test_sdpa_is_called_once_for_each_pair_of_lengths(
     calls: list[dict[str, Any]],
     seqlens_q: tuple[int, ...],
     seqlens_k: tuple[int, ...] | None,
@@ -160,17 +170,99 @@ def test_square_sequences_are_causal_without_a_mask(calls: list[dict[str, Any]])
 @pytest.mark.requires("torch.nn.attention")
 def test_cudnn_is_left_out_on_cuda_and_nothing_is_switched_on_the_cpu() -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with sdpa._without_cudnn(SimpleNamespace(is_cuda=True)):  # type: ignore[arg-type]
+    with sdpa._kernels(SimpleNamespace(is_cuda=True)):  # type: ignore[arg-type]
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.flash_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
         assert torch.backends.cuda.math_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
-    with sdpa._without_cudnn(torch.zeros(1)):
+    with sdpa._kernels(torch.zeros(1)):
         assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_a_torch_that_cannot_switch_kernels_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.nn.attention", None)
-    with sdpa._without_cudnn(SimpleNamespace(is_cuda=True)):  # type: ignore[arg-type]
+    with sdpa._kernels(SimpleNamespace(is_cuda=True)):  # type: ignore[arg-type]
         pass
+
+
+# A window narrower than the sequences needs a mask; one that no query comes near needs none.
+@pytest.mark.parametrize(
+    "causal, window_size, masked, is_causal",
+    [
+        (True, (None, None), False, True),
+        (True, (8, None), False, True),
+        (True, (7, None), True, False),
+        (False, (8, 8), False, False),
+        (False, (8, 7), True, False),
+        (False, (None, 0), False, True),
+    ],
+)
+def test_a_mask_is_built_only_for_a_window_that_hides_something(
+    calls: list[dict[str, Any]],
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    masked: bool,
+    is_causal: bool,
+) -> None:
+    case = Case("window", (9,), head_dim=16, causal=causal, window_size=window_size)
+    case.attend(*(x.detach() for x in case.inputs(torch.float32)), backend="sdpa")
+    assert [(call["attn_mask"] is not None, call["is_causal"]) for call in calls] == [
+        (masked, is_causal)
+    ]
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["ragged", "in_groups"])
+def test_one_sequence_of_a_length_is_not_copied(
+    repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.extend(x.untyped_storage().data_ptr() for x in (q, k, v))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    case = Case("views", (4, 3, 4 if repeated else 2), head_dim=16)
+    inputs = [x.detach() for x in case.inputs(torch.float32)]
+    case.attend(*inputs, backend="sdpa")
+    own = {x.untyped_storage().data_ptr() for x in inputs}
+    views = [at in own for at in seen]
+    assert views == ([False] * 3 + [True] * 3 if repeated else [True] * 9)
+
+
+class Told:
+    """What torch is told about determinism, for a test."""
+
+    def __init__(self, enabled: bool, warn_only: bool = False) -> None:
+        self.enabled, self.warn_only = enabled, warn_only
+
+    def __enter__(self) -> None:
+        torch.use_deterministic_algorithms(self.enabled, warn_only=self.warn_only)
+
+    def __exit__(self, *error: object) -> None:
+        torch.use_deterministic_algorithms(False)
+
+
+# The fused kernels add up dq in any order, unless torch is told for the whole process.
+@pytest.mark.requires("torch.nn.attention")
+@pytest.mark.parametrize(
+    "deterministic, told, fused",
+    [
+        (False, Told(False), True),
+        (False, Told(True), True),
+        (True, Told(False), False),
+        (True, Told(True, warn_only=True), False),
+        (True, Told(True), True),
+    ],
+    ids=["not_asked", "process_only", "asked", "process_only_warns", "asked_of_both"],
+)
+def test_gradients_that_repeat_come_from_kernels_that_do(
+    deterministic: bool, told: Told, fused: bool
+) -> None:
+    on_cuda = SimpleNamespace(is_cuda=True)
+    with told, sdpa._kernels(on_cuda, deterministic):  # type: ignore[arg-type]
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() == fused
+        assert torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()

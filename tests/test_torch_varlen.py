@@ -1,157 +1,198 @@
-"""How torch's varlen kernel is called in each of its spellings; stand-ins need no GPU."""
+"""Which of torch's kernels is found and what it is asked; the grid is in `test_flash_kernels`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from accuracy import expected_visible
 from attention_cases import Case
+from flash_stand_ins import aten_forward, varlen_with_flag
+from kernel_stand_ins import forget, install, on_a_gpu
 from padless.backends import torch_varlen
+from padless.backends.request import AttentionRequest
 from padless.layout import VarlenLayout
-from padless.reference import reference_attention
+
+REQUEST = AttentionRequest(
+    torch.device("cpu"), torch.bfloat16, 64, 4, 2, causal=True, needs_grad=True
+)
+WINDOW = replace(REQUEST, window_size=(4, None))
+LAYOUT = VarlenLayout.from_lengths([3, 2])
 
 
-def compute(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    causal: bool,
-    scale: float | None,
-) -> Tensor:
-    """Checks what every version of the kernel asks for, and attends by the reference."""
-    bounds = []
-    for cu_seqlens, longest in ((cu_seq_q, max_q), (cu_seq_k, max_k)):
-        assert cu_seqlens.dtype == torch.int32
-        assert cu_seqlens.is_contiguous()
-        assert type(longest) is int
-        assert longest >= cu_seqlens.diff().max()
-        bounds.append(cu_seqlens.tolist())
-    if max_q == 1 and query.shape[1] > key.shape[1]:
-        assert len(query) == len(cu_seq_q) - 1, "shape '[batch, num_heads_k, ...]' is invalid"
-    for tensor in (query, key, value):
-        assert tensor.stride(-1) == 1, "input tensor must have contiguous last dimension"
-    pieces = []
-    for (a, b), (c, d) in zip(*(list(pairwise(one)) for one in bounds), strict=True):
-        visible = expected_visible(b - a, d - c, causal=causal)
-        q, k, v = query[None, a:b], key[None, c:d], value[None, c:d]
-        pieces.append(reference_attention(q, k, v, visible=visible, softmax_scale=scale)[0])
-    return torch.cat(pieces)
-
-
-def kernel_with_flag(*packed: Any, is_causal: bool = False, scale: float | None = None) -> Tensor:
-    """The first spelling."""
-    return compute(*packed, causal=is_causal, scale=scale)
-
-
-def kernel_with_window(
-    *packed: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)
-) -> Tensor:
-    """The second: causal is a window, and grouped heads need no word."""
-    assert type(window_size) is tuple
-    causal = {(-1, 0): True, (-1, -1): False}[window_size]
-    return compute(*packed, causal=causal, scale=scale)
-
-
-def kernel_with_gqa(
-    query: Tensor,
-    key: Tensor,
-    *packed: Any,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The third: grouped heads are refused unless they are asked for."""
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    return kernel_with_window(query, key, *packed, scale=scale, window_size=window_size)
-
-
-KERNELS = (kernel_with_flag, kernel_with_window, kernel_with_gqa)
-
-
-@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.__name__)
-def _installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    install(monkeypatch, request.param)
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    forget()
     yield
-    torch_varlen._kernel.cache_clear()
+    forget()
 
 
-def install(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor]) -> None:
-    """Lets the adapter find a stand-in where torch keeps its kernel."""
-    module = SimpleNamespace(varlen_attn=kernel)
-    monkeypatch.setattr(torch_varlen, "import_optional", lambda name: (module, ""))
-    torch_varlen._kernel.cache_clear()
+def test_the_operator_of_this_torch_is_the_one_that_is_known() -> None:
+    operator, options = torch_varlen._operator()
+    assert operator is torch.ops.aten._flash_attention_forward
+    assert {"scale", "window_size_left", "window_size_right"} <= options
 
 
-def run(case: Case, inputs: list[Tensor]) -> Tensor:
-    """Calls the adapter past `reject`, which would ask for CUDA."""
-    return torch_varlen.varlen(
-        *inputs,
-        VarlenLayout.from_lengths(case.seqlens_q),
-        VarlenLayout.from_lengths(case.keys),
-        causal=case.causal,
-        softmax_scale=case.scale,
-    )
+def test_the_backward_operator_of_this_torch_takes_what_it_is_given() -> None:
+    schema = torch.ops.aten._flash_attention_backward.default._schema
+    assert [argument.name for argument in schema.arguments] == (
+        "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
+        "is_causal rng_state unused scale window_size_left window_size_right"
+    ).split()
 
 
-@pytest.mark.usefixtures("_installed")
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "not_causal"])
-@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-def test_every_spelling_of_the_kernel_is_asked_for_the_same(
-    num_kv_heads: int, causal: bool
+@pytest.mark.parametrize("version", ["2.1.2", "2.1.0+cu121"])
+def test_torch_before_2_2_has_no_such_kernel(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert torch_varlen._operator()[0] is None
+    reason = f"torch {version} has no varlen kernel (2.2 and later have it)"
+    assert torch_varlen.reject(REQUEST) == reason
+
+
+def operator(*names: str) -> Any:
+    """Makes an operator whose schema has these arguments."""
+    arguments = [SimpleNamespace(name=name) for name in names]
+    return SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=arguments)))
+
+
+@pytest.mark.parametrize(
+    "found, known",
+    [
+        (operator(*torch_varlen._POSITIONAL), True),
+        (operator(*torch_varlen._POSITIONAL, "scale"), True),
+        (operator("query", "value", "key"), False),
+        (operator(), False),
+        (None, False),
+    ],
+)
+def test_an_operator_with_other_arguments_is_not_called(
+    found: Any, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(
-        "call", (3, 0, 2), (5, 4, 1), 4, num_kv_heads, head_dim=16, causal=causal, softmax_scale=0.3
-    )
-    inputs = [x.detach() for x in case.inputs(torch.float32)]
-    expected = case.attend(*inputs, backend="reference")
-    torch.testing.assert_close(run(case, inputs), expected)
+    monkeypatch.setattr(torch.ops, "aten", SimpleNamespace(_flash_attention_forward=found))
+    assert (torch_varlen._operator()[0] is not None) == known
 
 
-# The kernel of torch 2.11 reshapes q by the number of sequences if each has one query at most.
-@pytest.mark.usefixtures("_installed")
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "not_causal"])
-@pytest.mark.parametrize("seqlens_q", [(1, 1, 1), (1, 0, 1)], ids=["all", "one_without"])
-def test_one_query_each_is_served_also_where_a_sequence_has_none(
-    seqlens_q: tuple[int, ...], causal: bool
+@pytest.mark.parametrize(
+    "kernel, reason",
+    [
+        ("aten", None),
+        ("varlen_window", None),
+        ("varlen_gqa", None),
+        ("varlen_flag", f"the varlen kernel of torch {torch.__version__} takes no window"),
+    ],
+)
+def test_a_window_is_served_where_the_kernel_has_one(
+    kernel: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case("step", seqlens_q, (5, 4, 2), head_dim=16, causal=causal)
-    inputs = [x.detach() for x in case.inputs(torch.float32)]
-    expected = case.attend(*inputs, backend="reference")
-    torch.testing.assert_close(run(case, inputs), expected)
+    install(monkeypatch, kernel)
+    assert torch_varlen.reject(WINDOW) == reason
+    assert torch_varlen.reject(REQUEST) is None
 
 
-@pytest.mark.usefixtures("_installed")
-def test_strides_that_the_kernel_refuses_are_made_good() -> None:
-    case = Case("strided", (3, 2), head_dim=16)
-    inputs = [x.detach() for x in case.inputs(torch.float32)]
-    views = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in inputs]
-    assert all(view.stride(-1) != 1 for view in views)
-    assert torch.equal(run(case, views), run(case, inputs))
+def test_an_operator_without_a_window_is_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch)
+    seen: list[dict[str, Any]] = []
+
+    def early(*arguments: Any, scale: float | None = None) -> Any:
+        seen.append({"scale": scale})
+        return aten_forward(*arguments, scale=scale)
+
+    monkeypatch.setattr(torch_varlen, "_operator", lambda: (early, frozenset({"scale"})))
+    reason = f"the varlen kernel of torch {torch.__version__} takes no window"
+    assert torch_varlen.reject(WINDOW) == reason
+    case = Case("early", (3, 2), head_dim=16)
+    case.attend(*case.inputs(torch.bfloat16), backend="torch_varlen")
+    assert seen == [{"scale": 0.25}]
+
+
+# Torch's own wrapper may prefer cuDNN, which plans for every length: not while it serves us.
+@pytest.mark.requires("torch.nn.attention")
+def test_the_wrapper_is_kept_from_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def kernel(*arguments: Any, **options: Any) -> Any:
+        cuda = torch.backends.cuda
+        seen.append((cuda.flash_sdp_enabled(), cuda.cudnn_sdp_enabled()))
+        return varlen_with_flag(*arguments, **options)
+
+    install(monkeypatch, "varlen_flag")
+    monkeypatch.setattr(torch_varlen, "_kernel", lambda: (kernel, frozenset({"is_causal"})))
+    case = Case("wrapper", (3, 2), head_dim=16)
+    case.attend(*case.inputs(torch.bfloat16), backend="torch_varlen")
+    assert seen == [(True, False)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    "changes, told, warn_only, repeats",
+    [
+        ({"deterministic": True}, True, False, True),
+        ({"deterministic": True}, True, True, False),
+        ({"deterministic": True}, False, False, False),
+        ({"deterministic": True, "needs_grad": False}, False, False, True),
+        ({}, False, False, True),
+    ],
+)
+def test_gradients_repeat_only_if_torch_is_told_so(
+    changes: dict[str, bool], told: bool, warn_only: bool, repeats: bool
+) -> None:
+    reason = "repeats its gradients under torch.use_deterministic_algorithms(True) only"
+    try:
+        torch.use_deterministic_algorithms(told, warn_only=warn_only)
+        said = torch_varlen.reject_layout(replace(REQUEST, **changes), LAYOUT, LAYOUT)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert said == (None if repeats else reason)
+
+
+def test_backward_of_thousands_of_short_sequences_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "aten")
+    calls: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(len(arguments[3]) - 1)
+        return aten_forward(*arguments, **options)
+
+    monkeypatch.setattr(torch_varlen, "_operator", lambda: (counted, frozenset()))
+    # 256 heads of 256 are 2**16 numbers a row: 255 sequences of 128 spare rows are 2**31.
+    case = Case("many", (1,) * 300, num_heads=256, num_kv_heads=1, head_dim=256)
+    inputs = case.inputs(torch.bfloat16)
+    out = case.attend(*inputs, backend="torch_varlen")
+    assert calls == [150, 150]
+    with torch.no_grad():
+        whole = case.attend(*inputs, backend="torch_varlen")
+    assert calls == [150, 150, 300]
+    assert torch.equal(out, whole)
 
 
 def test_heads_that_are_slices_of_a_fused_tensor_are_not_copied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    install(monkeypatch, "aten")
     seen: list[int] = []
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-        seen.extend(x.data_ptr() for x in (query, key, value))
-        return query
+    def kernel(*arguments: Any, **options: Any) -> Any:
+        seen.extend(x.data_ptr() for x in arguments[:3])
+        return arguments[0], None
 
-    install(monkeypatch, kernel)
-    views = list(torch.zeros(5, 3, 6, 16).unbind(1))
-    run(Case("fused", (3, 2), head_dim=16), views)
-    torch_varlen._kernel.cache_clear()
+    monkeypatch.setattr(torch_varlen, "_operator", lambda: (kernel, frozenset()))
+    views = list(torch.zeros(5, 3, 6, 16, dtype=torch.bfloat16).unbind(1))
+    case = Case("fused", (3, 2), num_kv_heads=6, head_dim=16)
+    case.attend(*views, backend="torch_varlen")
     assert seen == [view.data_ptr() for view in views]
+
+
+@pytest.mark.parametrize("version, saves", [("2.9.1", False), ("2.10.0", True), ("2.13.0", True)])
+def test_its_backward_is_called_alone_where_lse_has_a_known_shape(
+    version: str, saves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "aten")
+    monkeypatch.setattr(torch, "__version__", version)
+    assert torch_varlen.saves_lse() == saves

@@ -1,13 +1,15 @@
-"""`varlen_attention`: attention within each sequence of a packed batch. Validate, select, call."""
+"""`varlen_attention`: attention within each sequence of a packed batch, and what it asks for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from padless.backends.request import AttentionRequest
+from padless import compiled
+from padless.backends.request import Window
+from padless.dispatch import attend
+from padless.environment import is_compiling
 from padless.layout import VarlenLayout
-from padless.selection import adapter, select_backend
 
 
 def varlen_attention(
@@ -19,6 +21,8 @@ def varlen_attention(
     layout_k: VarlenLayout | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
+    window_size: Window = (None, None),
+    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attends within each sequence of packed tensors; no sequence sees another.
@@ -32,6 +36,10 @@ def varlen_attention(
         layout_k: boundaries in k and v, as many sequences as layout.
         causal: key j is visible to query i if j <= i + seqlen_k - seqlen_q (bottom-right).
         softmax_scale: factor of the scores, default `head_dim ** -0.5`.
+        window_size: (left, right), keys visible on either side of a query's own, which is at
+            i + seqlen_k - seqlen_q; inclusive, None for no bound. causal makes right 0.
+        deterministic: whether gradients repeat bit for bit; a backend that cannot do so is passed
+            over. Default: what `torch.use_deterministic_algorithms` has set.
         backend: "auto", or the name of one, which is used or raises.
 
     Returns:
@@ -39,30 +47,40 @@ def varlen_attention(
 
     Raises:
         TypeError: dtypes differ, are not floating, or a layout is not a VarlenLayout.
-        ValueError: shapes, devices or layouts do not fit each other.
+        ValueError: shapes, devices, layouts or the window do not fit.
         BackendUnavailableError: the named backend cannot serve the call.
 
     Note:
         Differentiable in q, k and v. A query that sees no key gives zeros. No host
-        synchronisation. q and k may differ in length per sequence (a cache before the queries):
+        synchronisation. One node of a graph under torch.compile, for lengths of every kind. q and
+        k may differ in length per sequence (a cache before the queries); causal, without a window
+        and with `window_size=(1, 0)`:
 
-            2 queries, 4 keys:   1 1 1 0
-                                 1 1 1 1
+            2 queries, 4 keys:   1 1 1 0     0 1 1 0
+                                 1 1 1 1     0 0 1 1
     """
     layout_k = layout if layout_k is None else layout_k
-    _validate(q, k, v, layout, layout_k)
+    _validate_tensors(q, k, v, layout, layout_k)
+    window_size = _validate_window(window_size)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if layout.total == 0 or layout_k.total == 0:
-        # No query, or no key for any of them; still a function of q for autograd.
-        return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
-    chosen = select_backend(AttentionRequest.of(q, k), backend)
-    out: Tensor = adapter(chosen.name).varlen(
-        q, k, v, layout, layout_k, causal=causal, softmax_scale=scale
+    serve = compiled.attend if is_compiling() else attend
+    return serve(
+        q,
+        k,
+        v,
+        layout,
+        layout_k,
+        causal=causal,
+        softmax_scale=scale,
+        window_size=window_size,
+        deterministic=deterministic,
+        backend=backend,
     )
-    return out
 
 
-def _validate(
+def _validate_tensors(
     q: Tensor, k: Tensor, v: Tensor, layout_q: VarlenLayout, layout_k: VarlenLayout
 ) -> None:
     for name, layout in (("layout", layout_q), ("layout_k", layout_k)):
@@ -90,17 +108,16 @@ def _validate(
         raise ValueError(
             f"num_heads must be a multiple of num_kv_heads, got {q.shape[1]} and {k.shape[1]}"
         )
-    for name, tensor, layout in (("q", q, layout_q), ("k", k, layout_k)):
-        if tensor.shape[0] != layout.total:
-            raise ValueError(
-                f"{name} must hold the {layout.total} tokens of its layout, got {tensor.shape[0]}"
-            )
-        if layout.cu_seqlens.device != q.device:
-            raise ValueError(
-                f"cu_seqlens must be on q's device {q.device}, got {layout.cu_seqlens.device}"
-            )
-    if len(layout_q.lengths) != len(layout_k.lengths):
+
+
+def _validate_window(window_size: Window) -> Window:
+    fits = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    for bound in window_size if fits else ():
+        fits = fits and (bound is None or (type(bound) is not bool and isinstance(bound, int)))
+        fits = fits and (bound is None or bound >= 0)
+    if not fits:
         raise ValueError(
-            f"layout and layout_k must hold the same number of sequences, "
-            f"got {len(layout_q.lengths)} and {len(layout_k.lengths)}"
+            f"window_size must be (left, right), each an integer of at least 0 or None for no "
+            f"bound, got {window_size!r}"
         )
+    return (window_size[0], window_size[1])

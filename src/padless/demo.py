@@ -12,12 +12,12 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import secrets
 import shutil
 import time
 from pathlib import Path
 
+from padless.environment import cache_folder
 from padless.errors import CheckpointError
 from padless.gguf_folder import FILE_NAMES, WEIGHTS_NAME, convert_gguf, write_json
 
@@ -81,7 +81,7 @@ def prepare_demo_model(cache_dir: Path | None = None) -> Path:
     gguf_path = find_demo_gguf()
     gguf_bytes = gguf_path.stat().st_size
     key = hashlib.sha256(f"{_FORMAT_VERSION}:{gguf_bytes}".encode()).hexdigest()[:8]
-    root = _default_cache_dir() if cache_dir is None else Path(cache_dir)
+    root = cache_folder() if cache_dir is None else Path(cache_dir)
     folder = root / f"{_FOLDER_STEM}-{key}"
     if _is_complete(folder):
         return folder
@@ -102,12 +102,6 @@ def prepare_demo_model(cache_dir: Path | None = None) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
-
-
-def _default_cache_dir() -> Path:
-    if own := os.environ.get("PADLESS_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "padless"
 
 
 def _sha256(path: Path) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,14 @@ class VarlenLayout:
             that are real; None when every row is.
         batch: rows of the padded tensor.
         seqlen: columns of the padded tensor.
+        total: real tokens in all.
+        max_seqlen: tokens of the longest sequence.
+        host_cu_seqlens: cu_seqlens on the CPU; the very same tensor if the data is there.
 
     Note:
         `lengths` lives on the host: building a layout from a CUDA tensor synchronises once, and
-        nothing after that does.
+        nothing after that does. Under torch.compile read tensors, `total` and `max_seqlen`, which
+        become symbols, and not `lengths`, whose every value would be compiled for.
     """
 
     lengths: tuple[int, ...]
@@ -39,16 +43,18 @@ class VarlenLayout:
     indices: Tensor | None
     batch: int
     seqlen: int
+    total: int = field(init=False)
+    max_seqlen: int = field(init=False)
+    host_cu_seqlens: Tensor = field(init=False, repr=False)
 
-    @property
-    def total(self) -> int:
-        """Real tokens in all."""
-        return sum(self.lengths)
-
-    @property
-    def max_seqlen(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.lengths, default=0)
+    def __post_init__(self) -> None:
+        # Read by every layer, and inside compiled code: once here, and as plain attributes.
+        object.__setattr__(self, "total", sum(self.lengths))
+        object.__setattr__(self, "max_seqlen", max(self.lengths, default=0))
+        host = self.cu_seqlens
+        if host.device.type != "cpu":
+            host = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        object.__setattr__(self, "host_cu_seqlens", host)
 
     @property
     def padded_total(self) -> int:
@@ -97,6 +103,41 @@ class VarlenLayout:
         _check_total(batch * seqlen)
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
         return cls((seqlen,) * batch, cu_seqlens, None, batch, seqlen)
+
+    @classmethod
+    def from_slots(
+        cls,
+        lengths: Sequence[int],
+        indices: Tensor | None,
+        batch: int,
+        seqlen: int,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> VarlenLayout:
+        """Builds a layout from what is known on the host, without waiting for the device.
+
+        Args:
+            lengths: tokens of each sequence, in the order of the slots.
+            indices: int64 `(total,)`, the real slots of `(batch, seqlen)`, ascending; None if all.
+            batch: rows of the padded tensor.
+            seqlen: columns of the padded tensor.
+            device: where the packed tensors live.
+        """
+        if indices is not None:
+            indices = indices.to(device, non_blocking=True)
+        return cls(tuple(lengths), _cu_seqlens(lengths, device), indices, batch, seqlen)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> VarlenLayout:
+        """Moves the layout to a device; itself if it is there."""
+        if self.cu_seqlens.device == torch.device(device):
+            return self
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            indices=None
+            if self.indices is None
+            else self.indices.to(device, non_blocking=non_blocking),
+        )
 
     @classmethod
     def from_lengths(
@@ -208,6 +249,16 @@ class VarlenLayout:
             return packed.reshape(shape)
         flat = packed.new_zeros(self.padded_total, *packed.shape[1:])
         return flat.index_copy(0, self.indices, packed).reshape(shape)
+
+    def narrow(self, first: int, last: int) -> VarlenLayout:
+        """Keeps the sequences `first` to `last - 1`: the layout of that stretch of packed tokens.
+
+        Note:
+            Made on the device; nothing waits for it. The stretch has no padded form.
+        """
+        lengths = self.lengths[first:last]
+        cu_seqlens = self.cu_seqlens[first : last + 1]
+        return VarlenLayout(lengths, cu_seqlens - cu_seqlens[0], None, 1, sum(lengths))
 
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
         """Cuts packed tokens `(total, ...)` into one view a sequence."""

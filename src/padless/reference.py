@@ -41,16 +41,38 @@ def reference_attention(
     return torch.einsum("bhst,bthd->bshd", weights, v)
 
 
-def causal_visible(seqlen_q: int, seqlen_k: int, device: torch.device | str = "cpu") -> Tensor:
-    """Builds the bottom-right aligned causal mask: key j is visible to query i if j <= i + k - q.
+def visible_keys(
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    causal: bool = True,
+    window_size: tuple[int | None, int | None] = (None, None),
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Builds the mask of one sequence, aligned bottom-right: the last query meets the last key.
 
-    For 2 queries and 4 keys:
+    Key j is visible to query i if `at - left <= j <= at + right`, where `at = i + seqlen_k -
+    seqlen_q` and `(left, right) = window_size`; None is no bound, and causal makes right 0. For 2
+    queries and 4 keys, causal, without and with the window `(1, 0)`:
 
-        1 1 1 0
-        1 1 1 1
+        1 1 1 0        0 1 1 0
+        1 1 1 1        0 0 1 1
 
     Returns:
         bool `(seqlen_q, seqlen_k)`, True = attend.
     """
-    rows = torch.arange(seqlen_q, device=device).unsqueeze(1) + (seqlen_k - seqlen_q)
-    return torch.arange(seqlen_k, device=device).unsqueeze(0) <= rows
+    left, right = window_size
+    right = 0 if causal else right
+    at = torch.arange(seqlen_q, device=device).unsqueeze(1) + (seqlen_k - seqlen_q)
+    keys = torch.arange(seqlen_k, device=device).unsqueeze(0)
+    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    if left is not None:
+        visible &= keys >= at - left
+    if right is not None:
+        visible &= keys <= at + right
+    return visible
+
+
+def causal_visible(seqlen_q: int, seqlen_k: int, device: torch.device | str = "cpu") -> Tensor:
+    """Builds the causal mask `(seqlen_q, seqlen_k)`: `visible_keys` without a window."""
+    return visible_keys(seqlen_q, seqlen_k, device=device)

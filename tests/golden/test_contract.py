@@ -22,6 +22,7 @@ from internvl.patch.llama_flash_attn_monkey_patch import (
 )
 from padless.hf.eras import installed_era
 from padless.reference import causal_visible, reference_attention
+from padless.selection import forget_selections
 
 pytestmark = pytest.mark.case("contract")
 
@@ -126,6 +127,7 @@ def test_s1_takes_forward_and_the_mask_preparation_without_sdpa(
     layer = _layer()
     hidden = torch.randn(2, 7, 64)
     monkeypatch.delattr(F, "scaled_dot_product_attention")
+    forget_selections()
     with replace_llama_attn_with_flash_attn() as handle:
         assert modeling_llama.LlamaAttention.forward is forward
         hook = getattr(modeling_llama.LlamaModel, "_prepare_decoder_attention_mask", None)
@@ -135,6 +137,7 @@ def test_s1_takes_forward_and_the_mask_preparation_without_sdpa(
             assert hook is None
         out = forward(layer, hidden, None, _positions(hidden))[0]
         backends = {name for record in handle.report().layers for name in record.backends}
+    forget_selections()
     assert backends == {"reference"}
     _judge("reference backend", out, layer, hidden)
 

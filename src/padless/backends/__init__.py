@@ -1,1 +1,1 @@
-"""One adapter a file, each with `NAME`, `reject(request)` and `varlen(...)` of one signature."""
+"""One adapter a file, each with `NAME`, `version()`, `reject(request)` and `varlen(...)`."""

@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from padless.backends.request import AttentionRequest
+from padless.backends.request import AttentionRequest, Window
 from padless.layout import VarlenLayout
-from padless.reference import causal_visible, reference_attention
+from padless.reference import reference_attention, visible_keys
 
 NAME = "reference"
+
+
+def version() -> str:
+    """Returns the version of what computes: torch's."""
+    return str(torch.__version__)
 
 
 def reject(request: AttentionRequest) -> str | None:
@@ -28,16 +33,24 @@ def varlen(
     *,
     causal: bool,
     softmax_scale: float,
+    window_size: Window = (None, None),
+    deterministic: bool = False,
 ) -> Tensor:
     """Attends within each sequence; see `padless.varlen_attention` for the arguments."""
     pieces = []
     for q_i, k_i, v_i in zip(layout_q.split(q), layout_k.split(k), layout_k.split(v), strict=True):
-        visible = None
-        if causal:
-            visible = causal_visible(q_i.shape[0], k_i.shape[0], q.device)
         if k_i.shape[0] == 0:
             pieces.append(torch.zeros_like(q_i))
             continue
+        visible = None
+        if causal or window_size != (None, None):
+            visible = visible_keys(
+                q_i.shape[0],
+                k_i.shape[0],
+                causal=causal,
+                window_size=window_size,
+                device=q.device,
+            )
         out = reference_attention(
             q_i[None], k_i[None], v_i[None], visible=visible, softmax_scale=softmax_scale
         )

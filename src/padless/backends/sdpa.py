@@ -1,4 +1,4 @@
-"""torch's scaled dot product attention: runs anywhere, one call a sequence, or one in all.
+"""torch's scaled dot product attention: runs anywhere, one call for each pair of lengths.
 
 Heads-first layouts stay inside this file and `hf`.
 """
@@ -11,12 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from padless.backends.request import AttentionRequest
+from padless.backends.limits import in_reach
+from padless.backends.request import AttentionRequest, Window
 from padless.environment import has_sdpa, has_sdpa_gqa
 from padless.layout import VarlenLayout
-from padless.reference import causal_visible
+from padless.reference import visible_keys
 
 NAME = "sdpa"
+
+
+def version() -> str:
+    """Returns the version of what computes: torch's."""
+    return str(torch.__version__)
 
 
 def reject(request: AttentionRequest) -> str | None:
@@ -37,53 +43,79 @@ def varlen(
     *,
     causal: bool,
     softmax_scale: float,
+    window_size: Window = (None, None),
+    deterministic: bool = False,
 ) -> Tensor:
     """Attends within each sequence; see `padless.varlen_attention` for the arguments."""
-    lengths = list(zip(layout_q.lengths, layout_k.lengths, strict=True))
-    if len(set(lengths)) == 1 and lengths[0] != (0, 0):
-        # Equal lengths need no loop: the packed tensors are a dense batch already.
-        n, (seqlen_q, seqlen_k) = len(lengths), lengths[0]
-        dense = _one_length(
-            q.reshape(n, seqlen_q, *q.shape[1:]),
-            k.reshape(n, seqlen_k, *k.shape[1:]),
-            v.reshape(n, seqlen_k, *v.shape[1:]),
-            causal=causal,
-            softmax_scale=softmax_scale,
-        )
-        return dense.reshape(q.shape)
-    pieces = [
-        _one_length(q_i[None], k_i[None], v_i[None], causal=causal, softmax_scale=softmax_scale)[0]
-        for q_i, k_i, v_i in zip(
-            layout_q.split(q), layout_k.split(k), layout_k.split(v), strict=True
-        )
-        if q_i.shape[0]
-    ]
-    return torch.cat(pieces) if pieces else torch.zeros_like(q)
+    left, right = window_size
+    window = (left, 0 if causal else right)
+    members: dict[tuple[int, int], list[int]] = {}
+    for index, pair in enumerate(zip(layout_q.lengths, layout_k.lengths, strict=True)):
+        if pair[0]:
+            members.setdefault(pair, []).append(index)
+    with _kernels(q, deterministic):
+        if len(members) == 1:
+            ((seqlen_q, seqlen_k), same) = next(iter(members.items()))
+            if len(same) == len(layout_q.lengths):
+                # Equal lengths throughout: the packed tensors are a dense batch already.
+                n = len(same)
+                dense = _one_length(
+                    q.reshape(n, seqlen_q, *q.shape[1:]),
+                    k.reshape(n, seqlen_k, *k.shape[1:]),
+                    v.reshape(n, seqlen_k, *v.shape[1:]),
+                    window=window,
+                    softmax_scale=softmax_scale,
+                )
+                return dense.reshape(q.shape)
+        split = layout_q.split(q), layout_k.split(k), layout_k.split(v)
+        out: list[Tensor] = [q[:0]] * len(layout_q.lengths)
+        for same in members.values():
+            dense = _one_length(
+                *(_together(pieces, same) for pieces in split),
+                window=window,
+                softmax_scale=softmax_scale,
+            )
+            for index, piece in zip(same, dense.unbind(0), strict=True):
+                out[index] = piece
+    return torch.cat(out) if members else torch.zeros_like(q)
 
 
-def _one_length(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float) -> Tensor:
+def _together(pieces: tuple[Tensor, ...], indices: list[int]) -> Tensor:
+    """Joins pieces of one length to a dense batch `(n, s, h, d)`; one alone stays a view."""
+    if len(indices) == 1:
+        return pieces[indices[0]].unsqueeze(0)
+    return torch.stack([pieces[index] for index in indices])
+
+
+def _one_length(q: Tensor, k: Tensor, v: Tensor, *, window: Window, softmax_scale: float) -> Tensor:
     """Attends in a dense batch of sequences `(n, s, h, d)` that all have one length."""
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    left, right = window
     if seqlen_k == 0:
         # Zeros that are still a function of q for autograd.
         return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
-    no_key = seqlen_q - seqlen_k if causal else 0
+    # Bounds that no query comes near are none: they would cost the kernels that take no mask.
+    left = None if left is not None and left >= seqlen_k - 1 else left
+    right = None if right is not None and right >= seqlen_q - 1 else right
+    no_key = 0 if right is None else seqlen_q - seqlen_k - right
     if no_key > 0:
         # The first rows see no key, and kernels disagree on what such a row gives (some NaN, also
-        # in gradients): it is zero here. The rest is square.
-        rest = _one_length(q[:, no_key:], k, v, causal=True, softmax_scale=softmax_scale)
+        # in gradients): it is zero here. What is left is aligned as before.
+        rest = _one_length(q[:, no_key:], k, v, window=(left, right), softmax_scale=softmax_scale)
         return F.pad(rest, (0, 0, 0, 0, no_key, 0))
     # SDPA's is_causal is aligned top-left: right only where both lengths are the same.
-    square = seqlen_q == seqlen_k
+    is_causal = (left, right) == (None, 0) and seqlen_q == seqlen_k
     mask = None
-    if causal and not square and seqlen_q > 1:
-        mask = causal_visible(seqlen_q, seqlen_k, q.device)
-    return dense_attention(
+    if not is_causal and (left, right) != (None, None):
+        mask = visible_keys(
+            seqlen_q, seqlen_k, causal=False, window_size=(left, right), device=q.device
+        )
+    return _dense(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         mask=mask,
-        is_causal=causal and square and seqlen_q > 1,
+        is_causal=is_causal,
         softmax_scale=softmax_scale,
     ).transpose(1, 2)
 
@@ -113,6 +145,32 @@ def dense_attention(
     Returns:
         `(batch, num_heads, seqlen_q, head_dim)`.
     """
+    with _kernels(q):
+        return _dense(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=is_causal,
+            softmax_scale=softmax_scale,
+            dropout_p=dropout_p,
+        )
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    is_causal: bool,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    if q.is_cuda and q.shape[-1] * q.element_size() % 16 == 0:
+        # Kernels load 16 bytes at a time, and SDPA does not ask whether a view begins at such a
+        # place: the error would end the use of CUDA in this process (torch 2.11 on an H200).
+        q, k, v = (in_reach(x) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     extra = {}
     # On CUDA only the flash kernel takes grouped heads: half types, no mask, heads of 256 at most.
@@ -124,28 +182,39 @@ def dense_attention(
         groups = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
-    with _without_cudnn(q):
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=softmax_scale,
-            **extra,
-        )
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=softmax_scale,
+        **extra,
+    )
 
 
-def _without_cudnn(q: Tensor) -> AbstractContextManager[None]:
-    """Keeps SDPA off cuDNN, which plans for tens of milliseconds at each length it has not met."""
+def _kernels(q: Tensor, deterministic: bool = False) -> AbstractContextManager[None]:
+    """Keeps SDPA off cuDNN, which plans for tens of milliseconds at each length it has not met.
+
+    Where gradients have to repeat and torch was not told so for the whole process, only the math
+    kernel is left: the fused kernels on CUDA add up dq in any order.
+    """
     if not q.is_cuda:
         return nullcontext()
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:
         # torch before 2.3: SDPA has no cuDNN kernel there.
-        return nullcontext()
+        if not deterministic:
+            return nullcontext()
+        return torch.backends.cuda.sdp_kernel(
+            enable_flash=False, enable_mem_efficient=False, enable_math=True
+        )
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    repeats = torch.are_deterministic_algorithms_enabled() and (
+        not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
     return sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        [SDPBackend.MATH] if deterministic and not repeats else [*fused, SDPBackend.MATH]
     )

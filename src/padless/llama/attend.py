@@ -136,8 +136,6 @@ def _packed(p: Projected, packed: PackedMask) -> tuple[str, Tensor]:
         q, k, v = qkv.unbind(1)
     else:
         q, k, v = layout_q.unpad(q), layout_k.unpad(k), layout_k.unpad(v)
-    name = select_backend(AttentionRequest.of(q, k)).name
-    out = varlen_attention(
-        q, k, v, layout_q, layout_k=layout_k, softmax_scale=p.softmax_scale, backend=name
-    )
-    return name, layout_q.pad(out)
+    out = varlen_attention(q, k, v, layout_q, layout_k=layout_k, softmax_scale=p.softmax_scale)
+    # Asked apart: to name it above would take it as it is, wrong heads and all.
+    return select_backend(AttentionRequest.of(q, k)).name, layout_q.pad(out)

@@ -1,0 +1,188 @@
+"""Serves a call: by which backend, in how many pieces, with heads of which size.
+
+Knows adapters by name only. What a user may ask, and its checks, are in `attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from padless.backends.request import AttentionRequest, Window
+from padless.errors import BackendUnavailableError
+from padless.layout import VarlenLayout
+from padless.selection import adapter, select_backend
+
+Layouts = tuple[VarlenLayout, VarlenLayout]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is served.
+
+    Attributes:
+        backend: the adapter that computes.
+        head_dim: what q, k and v are padded to before it does.
+        pieces: layouts of q and of k for each call of the adapter, in order.
+    """
+
+    backend: ModuleType
+    head_dim: int
+    pieces: tuple[Layouts, ...]
+
+
+def plan_call(
+    request: AttentionRequest, backend: str, layout_q: VarlenLayout, layout_k: VarlenLayout
+) -> Plan:
+    """Chooses the backend, and cuts the batch where it is too large for the backend's indices.
+
+    Raises:
+        ValueError: no backend has this name.
+        BackendUnavailableError: the named backend, or every one, rejects the request or the layout.
+    """
+    passed_over: dict[str, str] = {}
+    while True:
+        selection = select_backend(request, backend, passing_over=passed_over)
+        chosen = adapter(selection.name)
+        asked = request
+        if selection.head_dim != request.head_dim:
+            asked = replace(request, head_dim=selection.head_dim)
+        pieces, reason = _cut(chosen, asked, (layout_q, layout_k))
+        if not reason:
+            return Plan(chosen, selection.head_dim, pieces)
+        if backend != "auto":
+            raise BackendUnavailableError(f"no backend can serve {request}: {backend}: {reason}")
+        passed_over[selection.name] = reason
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout_q: VarlenLayout,
+    layout_k: VarlenLayout,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    window_size: Window,
+    deterministic: bool,
+    backend: str,
+) -> Tensor:
+    """Attends within each sequence; see `padless.varlen_attention` for the arguments."""
+    validate_layouts(q, k, layout_q, layout_k)
+    if layout_q.total == 0 or layout_k.total == 0:
+        return _no_keys(q, k, v)
+    request = AttentionRequest.of(
+        q, k, v, causal=causal, window_size=window_size, deterministic=deterministic
+    )
+    plan = plan_call(request, backend, layout_q, layout_k)
+    with no_autocast(q):
+        return run(
+            plan,
+            q,
+            k,
+            v,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window_size=window_size,
+            deterministic=deterministic,
+        )
+
+
+def validate_layouts(q: Tensor, k: Tensor, layout_q: VarlenLayout, layout_k: VarlenLayout) -> None:
+    """Checks that the layouts are those of the tensors.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for name, tensor, layout in (("q", q, layout_q), ("k", k, layout_k)):
+        if tensor.shape[0] != layout.total:
+            raise ValueError(
+                f"{name} must hold the {layout.total} tokens of its layout, got {tensor.shape[0]}"
+            )
+        if layout.cu_seqlens.device != q.device:
+            raise ValueError(
+                f"cu_seqlens must be on q's device {q.device}, got {layout.cu_seqlens.device}"
+            )
+    if len(layout_q.lengths) != len(layout_k.lengths):
+        raise ValueError(
+            f"layout and layout_k must hold the same number of sequences, "
+            f"got {len(layout_q.lengths)} and {len(layout_k.lengths)}"
+        )
+
+
+def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Calls the plan's adapter for each of its pieces."""
+    head_dim = q.shape[-1]
+    q, k, v = (pad_heads(x, plan.head_dim) for x in (q, k, v))
+    if len(plan.pieces) == 1:
+        out: Tensor = plan.backend.varlen(q, k, v, *plan.pieces[0], **options)
+    else:
+        parts = []
+        for layouts, q_i, k_i, v_i in _parts(plan.pieces, q, k, v):
+            if layouts[0].total and layouts[1].total:
+                parts.append(plan.backend.varlen(q_i, k_i, v_i, *layouts, **options))
+            else:
+                parts.append(_no_keys(q_i, k_i, v_i))
+        out = torch.cat(parts)
+    return out if head_dim == plan.head_dim else out[..., :head_dim]
+
+
+def pad_heads(x: Tensor, head_dim: int) -> Tensor:
+    """Fills heads up with zeros, which change no score and add only columns that are dropped."""
+    return x if x.shape[-1] == head_dim else F.pad(x, (0, head_dim - x.shape[-1]))
+
+
+def no_autocast(q: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast from computing in another dtype than the tensors have."""
+    if q.is_cuda:
+        enabled = torch.is_autocast_enabled()
+    else:
+        enabled = torch.is_autocast_cpu_enabled()
+    return torch.autocast(q.device.type, enabled=False) if enabled else nullcontext()
+
+
+def _no_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Answers queries that see no key: zeros that are still a function of all three."""
+    zeros = q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+    return zeros + (k[:0].sum() + v[:0].sum())
+
+
+def _cut(
+    chosen: ModuleType, request: AttentionRequest, layouts: Layouts
+) -> tuple[tuple[Layouts, ...], str]:
+    """Halves the batch by its sequences until the backend takes each piece.
+
+    Returns:
+        The pieces and an empty string; or none and the reason, if it is in a single sequence.
+    """
+    ask = getattr(chosen, "reject_layout", None)
+    reason = ask(request, *layouts) if ask else None
+    if not reason:
+        return (layouts,), ""
+    n = len(layouts[0].lengths)
+    if n == 1:
+        return (), reason
+    pieces: tuple[Layouts, ...] = ()
+    for first, last in ((0, n // 2), (n // 2, n)):
+        part = (layouts[0].narrow(first, last), layouts[1].narrow(first, last))
+        more, reason = _cut(chosen, request, part)
+        if reason:
+            return (), reason
+        pieces += more
+    return pieces, ""
+
+
+def _parts(
+    pieces: tuple[Layouts, ...], q: Tensor, k: Tensor, v: Tensor
+) -> Iterator[tuple[Layouts, Tensor, Tensor, Tensor]]:
+    totals_q = [layout_q.total for layout_q, _ in pieces]
+    totals_k = [layout_k.total for _, layout_k in pieces]
+    yield from zip(pieces, q.split(totals_q), k.split(totals_k), v.split(totals_k), strict=True)
