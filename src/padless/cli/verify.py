@@ -29,7 +29,9 @@ def verify_command(
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)} (slow on a CPU).")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    path: Annotated[str, typer.Option(help="sdpa (forward_2), flash (forward), or both.")] = "both",
+    path: Annotated[
+        str, typer.Option(help="patch, sdpa (forward_2), flash (forward), or all.")
+    ] = "all",
     new_tokens: Annotated[int, typer.Option(help="Greedy tokens to compare.", min=1)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -63,11 +65,12 @@ def _verify(
     new_tokens: int,
     errors: Console,
 ) -> VerifyReport:
-    paths = ("sdpa", "flash") if path == "both" else (path,)
+    known = ("patch", "sdpa", "flash")
+    paths = known if path == "all" else (path,)
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    if not set(paths) <= {"sdpa", "flash"}:
-        raise ValueError(f"--path must be sdpa, flash or both, got {path!r}")
+    if not set(paths) <= set(known):
+        raise ValueError(f"--path must be one of {', '.join(known)} or all, got {path!r}")
     texts = _read_texts(batch) if batch is not None else None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as progress:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from padless.verification.report import Check, PathReport, VerifyReport
 
-_FUNCTION = {"sdpa": "forward_2", "flash": "forward"}
+_FUNCTION = {"patch": "padless.patch", "sdpa": "forward_2", "flash": "forward"}
 
 
 def print_report(report: VerifyReport, console: Console) -> None:
@@ -59,7 +59,8 @@ def _table(path: PathReport) -> Table:
     table.add_row(
         "tokens computed",
         "",
-        f"{path.computed_tokens} of {path.batch_tokens} by attention, each layer",
+        f"{path.computed_tokens} of {path.batch_tokens} by "
+        f"{'the whole model' if path.path == 'patch' else 'attention, each layer'}",
     )
     table.add_row(
         "training step",

@@ -44,6 +44,20 @@ class Era:
     cache_attribute: bool = False
     has_mask_hook: bool = False
 
+    @property
+    def mask_made_by(self) -> str:
+        """Where `LlamaModel.forward` makes the mask of its layers.
+
+        A method's name; or "functions" of its module; or "create_causal_mask", which hands on a 4D
+        mask as it is, and then unknown arguments reach the layers.
+        """
+        first = Version(self.first)
+        if self.has_mask_hook:
+            return "_prepare_decoder_attention_mask"
+        if first < Version("4.38"):
+            return "functions"
+        return "_update_causal_mask" if first < Version("4.53") else "create_causal_mask"
+
 
 _ONE = ("LlamaAttention",)
 _TWO = ("LlamaAttention", "LlamaFlashAttention2")

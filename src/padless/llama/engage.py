@@ -13,8 +13,9 @@ from typing import Any
 from padless.environment import has_sdpa
 from padless.errors import EngagementError
 from padless.hf.call import modeling_llama
+from padless.hf.changes import Change
 from padless.hf.eras import Era, installed_era
-from padless.llama.handle import Change, Handle, Path
+from padless.llama.handle import Handle, Path
 from padless.llama.ledger import ledger
 from padless.llama.paths import _prepare_decoder_attention_mask, forward, forward_2
 from padless.llama.proof import prove_engaged, tiny_outputs
@@ -52,7 +53,8 @@ def engage(path: Path) -> Handle:
         The handle; the one in force if this path is engaged already.
 
     Raises:
-        EngagementError: as `replace_llama_attn_with_flash_attn`, or the other path is engaged.
+        EngagementError: as `replace_llama_attn_with_flash_attn`, or the other path is engaged, or
+            `patch_llama` is.
         UnsupportedError: transformers is missing or older than 4.28.
     """
     global _active
@@ -66,6 +68,11 @@ def engage(path: Path) -> Handle:
         )
     era = installed_era()
     llama = modeling_llama()
+    if any(name.startswith("_padless") for name in vars(llama.LlamaModel)):
+        raise EngagementError(
+            "patch_llama() is in force already, and its layers attend by themselves; "
+            "undo() its handle, or call it after this"
+        )
     before = tiny_outputs()
     changes = _plan(path, era, llama)
     applied: list[Change] = []

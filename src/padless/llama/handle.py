@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
+from padless.hf.changes import Change
 from padless.llama.ledger import LayerRecord, ledger
 
-_logger = logging.getLogger("padless")
-
 Path = Literal["sdpa", "flash"]
-
-
-@dataclass(frozen=True)
-class Change:
-    """One attribute that was replaced.
-
-    Attributes:
-        owner: class or module instance.
-        attribute: its name.
-        old: what stood there.
-        new: what stands there now.
-        where: dotted name, for people.
-    """
-
-    owner: Any
-    attribute: str
-    old: Any
-    new: Any
-    where: str
-
-    def apply(self) -> None:
-        """Puts the new value in place."""
-        setattr(self.owner, self.attribute, self.new)
-
-    def revert(self) -> None:
-        """Puts the old value back, unless somebody else has replaced ours since."""
-        if vars(self.owner).get(self.attribute) is self.new:
-            setattr(self.owner, self.attribute, self.old)
-        else:
-            _logger.warning("%s was replaced again since; undo leaves it as it is", self.where)
 
 
 @dataclass(frozen=True)

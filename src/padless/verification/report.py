@@ -51,10 +51,10 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class PathReport:
-    """One of the two paths.
+    """One way of patching.
 
     Attributes:
-        path: "sdpa" (`forward_2`) or "flash" (`forward`).
+        path: "patch" (`padless.patch`), "sdpa" (`forward_2`) or "flash" (`forward`).
         checks: every check.
         layers: the layers that were called.
         computed_tokens: query tokens that one layer computes in a training step.

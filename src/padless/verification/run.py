@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from padless.environment import package_version
-from padless.llama.engage import engage, suspended
-from padless.llama.handle import EngagementReport, Path
+from padless.llama.engage import suspended
+from padless.unpadded.engagement import set_aside
 from padless.verification import measure
 from padless.verification.batch import PaddedBatch, pad_rows, read_rows
+from padless.verification.paths import PATHS, Served, VerifiedPath, engaged
 from padless.verification.probe import perturbation_probe
 from padless.verification.report import (
     Check,
-    LayerSummary,
     PathReport,
     StepTime,
     VerifyReport,
@@ -35,7 +35,7 @@ def verify(
     model: nn.Module,
     batch: Mapping[str, Any],
     *,
-    paths: Sequence[Path] = ("sdpa", "flash"),
+    paths: Sequence[VerifiedPath] = PATHS,
     new_tokens: int = 64,
     name: str | None = None,
     on_progress: Progress | None = None,
@@ -51,7 +51,8 @@ def verify(
         model: a `LlamaForCausalLM`, or a model around one (PEFT); given back as it was, patched
             or not.
         batch: `input_ids` int64 `(batch, seqlen)` and `attention_mask`, nonzero = real.
-        paths: which forwards to verify.
+        paths: what to verify: "patch" is `padless.patch(model)`, "sdpa" and "flash" are the two
+            forwards of `replace_llama_attn_with_flash_attn`.
         new_tokens: greedy steps.
         name: what to call the model in the report; default its class.
         on_progress: called with (stage, done, total).
@@ -72,7 +73,7 @@ def verify(
     weight = next(model.parameters())
     rows = [row.to(weight.device) for row in read_rows(batch, vocab_size)]
     run = _Run(model, rows, new_tokens, paths, on_progress or (lambda *_: None))
-    with suspended(), measure.undisturbed(model):
+    with suspended(), set_aside(model), measure.undisturbed(model):
         run.stock_and_truth()
         reports = tuple(run.patched(path, len(layers)) for path in paths)
     padded = run.batches[0]
@@ -104,7 +105,7 @@ class _Run:
         model: nn.Module,
         rows: list[Tensor],
         new_tokens: int,
-        paths: Sequence[Path],
+        paths: Sequence[VerifiedPath],
         on_progress: Progress,
     ) -> None:
         self.model = model
@@ -136,10 +137,10 @@ class _Run:
         with measure.as_truth(self.truth_dtype):
             self.margins = self._margins(truth)
 
-    def patched(self, path: Path, num_layers: int) -> PathReport:
+    def patched(self, path: VerifiedPath, num_layers: int) -> PathReport:
         """Runs every check under one path."""
         checks = []
-        with engage(path) as handle:
+        with engaged(self.model, path) as served:
             self._stage(f"{path} path: logits")
             for batch in self.batches:
                 stock, truth = self.logits[batch.side]
@@ -155,19 +156,16 @@ class _Run:
             checks.append(self._check_greedy())
             self._stage(f"{path} path: perturbation probe")
             checks.extend(self._check_probe(batch) for batch in self.short)
-            report = handle.report()
+            report = served()
             checks.append(_check_layers(report, num_layers))
         self._stage(f"{path} path: time of a step")
         step, step_report = self._time_step(path)
         return PathReport(
             path=path,
             checks=tuple(checks),
-            layers=tuple(
-                LayerSummary(layer.name, layer.calls, dict(layer.backends), dict(layer.stock))
-                for layer in report.layers
-            ),
-            computed_tokens=step_report.computed_tokens // num_layers,
-            batch_tokens=step_report.batch_tokens // num_layers,
+            layers=report.layers,
+            computed_tokens=step_report.computed_tokens,
+            batch_tokens=step_report.batch_tokens,
             step=step,
         )
 
@@ -237,7 +235,7 @@ class _Run:
         )
         return Check(f"probe, {batch.side} pad", result.passed, str(result))
 
-    def _time_step(self, path: Path) -> tuple[StepTime, EngagementReport]:
+    def _time_step(self, path: VerifiedPath) -> tuple[StepTime, Served]:
         """Times training steps, unpatched and patched by turns; reports the last patched one."""
         device = next(self.model.parameters()).device
 
@@ -247,15 +245,15 @@ class _Run:
         stock, patched = [], []
         for _ in range(_TIMED_ROUNDS):
             stock.append(measure.time_ms(step, device))
-            with engage(path) as handle:
+            with engaged(self.model, path) as served:
                 patched.append(measure.time_ms(step, device))
-                report = handle.report()
+                report = served()
         return StepTime(statistics.median(stock), statistics.median(patched)), report
 
 
-def _check_layers(report: EngagementReport, num_layers: int) -> Check:
+def _check_layers(report: Served, num_layers: int) -> Check:
     served = sum(1 for layer in report.layers if layer.calls)
-    left = sum(sum(layer.stock.values()) for layer in report.layers)
+    left = report.left
     detail = f"{served} of {num_layers} attention layers went through padless"
     if left:
         detail += f", {left} calls were left to the stock path"

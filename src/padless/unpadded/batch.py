@@ -1,0 +1,78 @@
+"""What travels through the layers with a flat batch, as an argument and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from padless.layout import VarlenLayout
+from padless.selection import Selection
+
+# The name under which layers get the batch where unknown arguments reach them.
+ARGUMENT = "padless_batch"
+
+
+class Served(NamedTuple):
+    """How one layer attended.
+
+    Attributes:
+        layer: its class.
+        layer_idx: its index, None before transformers numbered layers.
+        selection: the backend, with the reasons why others were passed over.
+    """
+
+    layer: str
+    layer_idx: int | None
+    selection: Selection
+
+
+@dataclass(eq=False)
+class FlatBatch:
+    """The real tokens of a batch as one row, and what is needed to attend and to pad back.
+
+    Attributes:
+        layout: the sequences of the row, and where its tokens sit in the padded batch.
+        position_ids: int64 `(1, total)`, the positions that the padded batch gave its tokens.
+        backend: of `varlen_attention`, or "auto".
+        host_syncs: host synchronisations that building it took, 0 or 1.
+        served: what each layer did, by the module's id.
+    """
+
+    layout: VarlenLayout
+    position_ids: Tensor
+    backend: str = "auto"
+    host_syncs: int = 0
+    served: dict[int, Served] = field(default_factory=dict)
+
+    def __contains__(self, item: object) -> bool:
+        # transformers 4.34 to 4.37 ask a mask whether a 0 is in it, and drop it if not.
+        return True
+
+    def to(self, device: Any, non_blocking: bool = False) -> FlatBatch:
+        """Moves what layers read to a device; accelerate's hooks call it between devices."""
+        if torch.device(device) == self.position_ids.device:
+            return self
+        return replace(
+            self,
+            layout=self.layout.to(device),
+            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """A padded batch on its way from the outer door to the inner one, as its attention mask.
+
+    Attributes:
+        attention_mask: what the caller gave.
+        packing: the caller's arguments that say where documents are; older versions would refuse
+            them on the way.
+        is_stock: whether the inner door has to leave the batch to the stock path.
+    """
+
+    attention_mask: Any
+    packing: dict[str, Any]
+    is_stock: bool

@@ -1,0 +1,141 @@
+"""What a patch changed, how to take it back, and what it did meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from padless.selection import Candidate
+from padless.unpadded.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one attention layer ran on.
+
+    Attributes:
+        name: class and index.
+        backends: forwards by backend.
+    """
+
+    name: str
+    backends: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What is patched, and what it did since.
+
+    Attributes:
+        is_engaged: False after `undo()`.
+        transformers: version.
+        era: letter of its era.
+        changes: dotted names of what was replaced.
+        forwards: calls that ran on real tokens only.
+        compiled_forwards: those of them whose layers torch.compile ran, which do not count here.
+        layers: each layer that attended, with its backends.
+        passed_over: for each backend that served, those that were asked before it and why they
+            did not.
+        computed_tokens: tokens that the model computed.
+        skipped_tokens: padding that it did not compute.
+        host_syncs: host synchronisations, at most one a forward.
+        stock: calls left to transformers' own path, by reason.
+    """
+
+    is_engaged: bool
+    transformers: str
+    era: str
+    changes: tuple[str, ...]
+    forwards: int
+    compiled_forwards: int
+    layers: tuple[LayerReport, ...]
+    passed_over: dict[str, tuple[Candidate, ...]]
+    computed_tokens: int
+    skipped_tokens: int
+    host_syncs: int
+    stock: dict[str, int]
+
+    def __str__(self) -> str:
+        state = "engaged" if self.is_engaged else "undone"
+        backends = sorted({name for layer in self.layers for name in layer.backends})
+        lines = [
+            f"padless {state} on transformers {self.transformers} (era {self.era}): "
+            f"{self.forwards} forwards on real tokens, {len(self.layers)} layers "
+            f"({', '.join(backends) or 'none yet'}), {self.computed_tokens} tokens computed, "
+            f"{self.skipped_tokens} skipped, {self.host_syncs} host synchronisations"
+        ]
+        for served in backends:
+            lines += [
+                f"  before {served}: {c.name} was passed over: {c.rejected}"
+                for c in self.passed_over.get(served, ())
+            ]
+        lines += [
+            f"  {count} left to transformers' own path: {reason}"
+            for reason, count in self.stock.items()
+        ]
+        return "\n".join(lines)
+
+
+@dataclass
+class PatchHandle:
+    """A patch of one model, or of every LLaMA of the process; also a context manager.
+
+    Attributes:
+        transformers: version.
+        era: letter of its era.
+        changes: everything that was replaced.
+    """
+
+    transformers: str
+    era: str
+    changes: tuple[Any, ...]
+    ledger: Ledger = field(repr=False)
+    on_undo: Callable[[], None] = field(repr=False)
+    _is_engaged: bool = field(default=True, repr=False)
+
+    @property
+    def is_engaged(self) -> bool:
+        """Whether the patch is in force."""
+        return self._is_engaged
+
+    def undo(self) -> None:
+        """Puts everything back as it was; a second call does nothing."""
+        if not self._is_engaged:
+            return
+        self._is_engaged = False
+        for change in reversed(self.changes):
+            change.revert()
+        self.on_undo()
+
+    def report(self) -> PatchReport:
+        """Tells what is patched and what it did since."""
+        ledger = self.ledger
+        return PatchReport(
+            is_engaged=self._is_engaged,
+            transformers=self.transformers,
+            era=self.era,
+            changes=tuple(change.where for change in self.changes),
+            forwards=ledger.forwards,
+            compiled_forwards=ledger.compiled_forwards,
+            layers=tuple(LayerReport(name, dict(counts)) for name, counts in ledger.layers.items()),
+            passed_over={
+                name: tuple(c for c in trace if c.rejected) for name, trace in ledger.traces.items()
+            },
+            computed_tokens=ledger.computed_tokens,
+            skipped_tokens=ledger.batch_tokens - ledger.computed_tokens,
+            host_syncs=ledger.host_syncs,
+            stock=dict(ledger.stock),
+        )
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()

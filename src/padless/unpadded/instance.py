@@ -1,0 +1,134 @@
+"""What a patch leaves on the modules of one model: a forward in front of what stood there.
+
+All of it lives on the instances, so that a copy of the model has its own, and nothing of it in
+parameters, buffers or the config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from padless.hf.changes import ABSENT, Change
+from padless.unpadded.ledger import Ledger
+
+Forward = Callable[..., Any]
+
+# Attributes of patched instances; a copy of the model has its own.
+INNER = "_padless_inner"
+DOOR = "_padless_door"
+LEDGER = "_padless_ledger"
+
+
+@dataclass(frozen=True)
+class Door(Change):
+    """A forward of ours in front of what stood there, which it finds on the instance."""
+
+    def apply(self) -> None:
+        """Puts the forward in place and keeps what stands there for it to call."""
+        slot = slot_of(self.owner)
+        found = vars(self.owner).get(slot, ABSENT)
+        if found is not ABSENT:
+            setattr(self.owner, INNER, found)
+        setattr(self.owner, DOOR, self.new)
+        setattr(self.owner, slot, self.new)
+
+    def revert(self) -> None:
+        """Puts back what the forward calls by now."""
+        inner = vars(self.owner).get(INNER, ABSENT)
+        if inner is not ABSENT:
+            delattr(self.owner, INNER)
+        delattr(self.owner, DOOR)
+        if vars(self.owner).get("_old_forward") is not self.new:
+            Change(self.owner, self.attribute, inner, self.new, self.where).revert()
+        elif inner is not ABSENT:
+            self.owner._old_forward = inner
+        else:
+            # Accelerate's hook came later, and would have found the class's.
+            self.owner._old_forward = MethodType(type(self.owner).forward, self.owner)
+
+
+@dataclass
+class Hook:
+    """A forward pre-hook on a module."""
+
+    owner: nn.Module
+    function: Callable[..., None]
+    where: str
+    attribute: str = "_forward_pre_hooks"
+    new: Any = None
+
+    def apply(self) -> None:
+        """Registers the hook."""
+        self.new = self.owner.register_forward_pre_hook(self.function)
+
+    def revert(self) -> None:
+        """Removes it."""
+        self.new.remove()
+
+
+class StepInFront:
+    """A pre-hook that goes back in front of a forward that Liger has bound to the instance since.
+
+    Note:
+        Torch looks the forward up before it runs the hooks: the call that finds it still runs it.
+    """
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Puts the door in place again."""
+        found = vars(module).get("forward")
+        door = vars(module).get(DOOR)
+        if found is None or door is None or found is door:
+            return
+        if str(getattr(found, "__module__", "")).startswith("liger_kernel."):
+            setattr(module, INNER, found)
+            module.forward = door
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepInFront:
+        return self
+
+    def __reduce__(self) -> Any:
+        # A pickled model is an unpatched one, and loads without padless: something that does
+        # nothing takes the hook's place.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def slot_of(module: nn.Module) -> str:
+    """Names the attribute whose forward a patch replaces.
+
+    Accelerate's hooks move the inputs and then call what they found; ours takes its place.
+    """
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def function_of(found: Any) -> Any:
+    """Returns the function of a bound method, or what is callable itself; None if absent."""
+    return None if found is ABSENT else getattr(found, "__func__", found)
+
+
+def home_of(module: nn.Module) -> str:
+    """Names the Python module in which the forward of a module was written."""
+    found = function_of(vars(module).get(slot_of(module), ABSENT))
+    return getattr(found or type(module).forward, "__module__", "") or ""
+
+
+def inner_of_instance(number: int, module: nn.Module) -> Forward:
+    """Finds the bound forward that stood where the door of a patch is now, or the class's.
+
+    A wrapper may hold on to a door for longer than its patch, and what stands there now may be that
+    wrapper: such a door leads to the class's forward.
+    """
+    is_in_force = ledger_of_instance(number, module) is not None
+    found = vars(module).get(INNER) if is_in_force else None
+    return found if found is not None else MethodType(type(module).forward, module)
+
+
+def ledger_of_instance(number: int, module: nn.Module) -> Ledger | None:
+    """Finds where a patch of a module counts; None if it is not in force any more."""
+    found = vars(module).get(LEDGER)
+    return found if found is not None and found.number == number else None

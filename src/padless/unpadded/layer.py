@@ -1,0 +1,140 @@
+"""The forward of an attention layer on a flat batch: project, rotate, attend, project."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from padless.attention import varlen_attention
+from padless.backends.request import AttentionRequest
+from padless.environment import is_compiling
+from padless.hf.eras import Era
+from padless.kernels.rotary import apply_rotary
+from padless.layout import VarlenLayout
+from padless.selection import select_backend
+from padless.unpadded.batch import ARGUMENT, FlatBatch, Served
+
+# A LlamaAttention of some transformers version: its attributes are not the same in all of them.
+Layer = Any
+Forward = Callable[..., Any]
+
+
+def layer_forward(inner_of: Callable[[nn.Module], Forward], stock: Forward, era: Era) -> Forward:
+    """Makes the forward that takes the place of an attention layer's.
+
+    Args:
+        inner_of: finds the bound forward that stood there, for calls without a flat batch.
+        stock: the function whose signature it shows.
+        era: of the installed transformers.
+    """
+
+    @functools.wraps(stock)
+    def forward(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        batch = kwargs.get(ARGUMENT)
+        if batch is None:
+            batch = kwargs.get("attention_mask")
+        if not isinstance(batch, FlatBatch):
+            return inner_of(self)(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        out, present = _attend(self, hidden, batch, kwargs, era)
+        return (out, None) if era.returned == 2 else (out, None, present)
+
+    return forward
+
+
+def _attend(
+    module: Layer, hidden: Tensor, batch: FlatBatch, arguments: dict[str, Any], era: Era
+) -> tuple[Tensor, Any]:
+    """Attends within the sequences of a flat batch.
+
+    Args:
+        module: the attention layer.
+        hidden: `(1, total, hidden_size)`.
+        batch: the batch.
+        arguments: what else the decoder layer hands over.
+        era: of the installed transformers.
+
+    Returns:
+        `(1, total, hidden_size)` and the cache that the layer returns.
+    """
+    if batch.position_ids.device != hidden.device:
+        batch = batch.to(hidden.device)
+    total = hidden.shape[1]
+    heads = (total, -1, module.head_dim)
+    # As modules, so that LoRA, hooks and quantised layers stay in effect.
+    q = module.q_proj(hidden).view(heads)
+    k = module.k_proj(hidden).view(heads)
+    v = module.v_proj(hidden).view(heads)
+    cos, sin = _rotary_tables(module, v, batch, arguments, era)
+    q, k = apply_rotary(q, k, cos, sin, inplace=_owns_its_output(module))
+    # Float32 norms promote q and k; values still have the dtype that the projection computed in.
+    q, k = (x if x.dtype == v.dtype else x.to(v.dtype) for x in (q, k))
+    present = _keep(module, k, v, batch.layout, arguments, era)
+    scale = getattr(module, "scaling", None) or module.head_dim**-0.5
+    if not is_compiling():
+        request = AttentionRequest.of(q, k)
+        batch.served[id(module)] = Served(
+            type(module).__name__,
+            getattr(module, "layer_idx", None),
+            select_backend(request, batch.backend),
+        )
+    out = varlen_attention(q, k, v, batch.layout, softmax_scale=float(scale), backend=batch.backend)
+    return module.o_proj(out.reshape(1, total, -1)), present
+
+
+def _owns_its_output(module: Layer) -> bool:
+    """Whether nobody else can hold what the projections of q and k return, or its gradient."""
+    return all(type(p) is nn.Linear and not _has_hooks(p) for p in (module.q_proj, module.k_proj))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    # Backward hooks sit on a view of the output, which a write to its base would leave behind.
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _rotary_tables(
+    module: Layer, v: Tensor, batch: FlatBatch, arguments: dict[str, Any], era: Era
+) -> tuple[Tensor, Tensor]:
+    """Finds cos and sin `(1, total, head_dim)`, from transformers' own tables."""
+    given = arguments.get("position_embeddings")
+    if given is not None:
+        cos, sin = given
+        return cos, sin
+    if era.rotary == "seq_len":
+        # The padded length, as the stock layer asks for: scaling types may depend on it.
+        cos, sin = module.rotary_emb(v, seq_len=batch.layout.seqlen)
+        cos, sin = (t.reshape(-1, t.shape[-1])[batch.position_ids] for t in (cos, sin))
+        return cos, sin
+    cos, sin = module.rotary_emb(v, batch.position_ids)
+    return cos, sin
+
+
+def _keep(
+    module: Layer,
+    k: Tensor,
+    v: Tensor,
+    layout: VarlenLayout,
+    arguments: dict[str, Any],
+    era: Era,
+) -> Any:
+    """Puts keys and values into the cache in the padded form in which transformers goes on.
+
+    Returns:
+        What the layer returns as its cache.
+    """
+    past = arguments.get("past_key_values", arguments.get("past_key_value"))
+    if past is None and not arguments.get("use_cache"):
+        return None
+    if past is None and era.returned == 2:
+        return None
+    padded = [layout.pad(x).transpose(1, 2) for x in (k, v)]  # (b, hkv, s, d)
+    if past is None:
+        # Before there were Cache objects.
+        return tuple(padded)
+    columns = torch.arange(layout.seqlen, device=k.device)
+    past.update(*padded, module.layer_idx, {"cache_position": columns})
+    return past

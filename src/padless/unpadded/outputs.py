@@ -1,0 +1,124 @@
+"""Outputs of a flat batch in the padded shapes that the caller expects."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor
+
+from padless.layout import VarlenLayout
+
+_PER_TOKEN = ("last_hidden_state", "hidden_states")
+_lock = threading.RLock()
+
+
+def pad_outputs(outputs: Any, layout: VarlenLayout) -> Any:
+    """Pads a model's outputs back, zeros at padding; logits only once they are read.
+
+    Args:
+        outputs: a transformers ModelOutput of the flat batch, changed in place.
+        layout: of the batch.
+
+    Returns:
+        The same object.
+
+    Note:
+        A step that reads only the loss never holds logits of the padded shape.
+    """
+    for name in _PER_TOKEN:
+        value = outputs.get(name)
+        if isinstance(value, Tensor):
+            outputs[name] = _pad(value, layout)
+        elif value is not None:
+            outputs[name] = tuple(_pad(each, layout) for each in value)
+    logits = outputs.get("logits")
+    if logits is None:
+        return outputs
+    if layout.indices is None:
+        outputs["logits"] = _pad(logits, layout)
+        return outputs
+    plain: Any = type(outputs)
+    lazy = _lazy(plain)
+    outputs.__dict__["_padless_layout"] = layout
+    outputs.__class__ = lazy
+    return outputs
+
+
+def _pad(flat: Tensor, layout: VarlenLayout) -> Tensor:
+    return layout.pad(flat[0])  # (1, total, ...) to (batch, seqlen, ...)
+
+
+def _settle(outputs: Any) -> None:
+    """Pads the logits and makes the object an ordinary one again."""
+    with _lock:
+        plain = vars(type(outputs)).get("_padless_plain")
+        if plain is None:
+            # Another thread did.
+            return
+        layout = outputs.__dict__.get("_padless_layout")
+        # Without a layout it is one that somebody has built from an instance's class and values.
+        if layout is not None:
+            padded = _pad(outputs.__dict__["logits"], layout)
+            OrderedDict.__setitem__(outputs, "logits", padded)
+            outputs.__dict__["logits"] = padded
+        # Last: from now on nobody asks here.
+        object.__setattr__(outputs, "__class__", plain)
+        outputs.__dict__.pop("_padless_layout", None)
+
+
+def _reads_logits(outputs: Any, key: Any) -> bool:
+    if isinstance(key, str):
+        return key == "logits"
+    # By position: the loss stands in front if there is one.
+    return not (key == 0 and outputs.__dict__.get("loss") is not None)
+
+
+@functools.cache
+def _lazy(plain: type) -> type:
+    """Makes the class whose instances pad their logits at the first look at them."""
+
+    def settled(name: str) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            _settle(self)
+            return getattr(self, name)(*args, **kwargs)
+
+        return method
+
+    def __getitem__(self: Any, key: Any) -> Any:
+        if _reads_logits(self, key):
+            _settle(self)
+            return self[key]
+        return OrderedDict.__getitem__(self, "loss" if key == 0 else key)
+
+    def get(self: Any, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def __getattribute__(self: Any, name: str) -> Any:
+        if name == "logits":
+            _settle(self)
+        return object.__getattribute__(self, name)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        _settle(self)
+        setattr(self, name, value)
+
+    names = (
+        "items", "values", "to_tuple", "copy", "pop", "popitem", "update", "setdefault", "clear",
+        "__setitem__", "__delitem__", "__iter__", "__reversed__", "__eq__", "__repr__", "__or__",
+        "__ior__", "__reduce__", "__reduce_ex__",
+    )  # fmt: skip
+    body = {name: settled(name) for name in names}
+    body.update(
+        __getitem__=__getitem__,
+        get=get,
+        __getattribute__=__getattribute__,
+        __setattr__=__setattr__,
+        __module__=plain.__module__,
+        __doc__=plain.__doc__,
+        __hash__=None,
+        _padless_plain=plain,
+    )
+    return type(plain.__name__, (plain,), body)
