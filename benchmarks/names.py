@@ -1,0 +1,23 @@
+"""Names of rows: what the scripts write and the tables and targets look for."""
+
+from __future__ import annotations
+
+EAGER = "transformers eager"
+SDPA = "transformers sdpa (default)"
+SDPA_COMPILED = "transformers sdpa, torch.compile"
+SDPA_NO_MASK = "transformers sdpa, mask dropped"
+FA4 = "transformers flash_attention_4"
+FA4_BY_HAND = "transformers flash_attention_4, flattened by hand"
+PADLESS = "padless"
+PADLESS_TORCH = "padless, torch alone"
+ORIGINAL_FLASH = "the original, flash path"
+ORIGINAL_SDPA = "the original, sdpa path"
+FLOOR = "floor: products and kernel alone"
+FLOOR_ONE_PRODUCT = "floor: the same, q k v as one product"
+
+FLOORS = (FLOOR, FLOOR_ONE_PRODUCT)
+
+
+def with_liger(name: str) -> str:
+    """Makes the name of a row's twin with Liger-Kernel."""
+    return f"{name} + Liger"

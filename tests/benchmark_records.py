@@ -1,0 +1,194 @@
+"""Records as the benchmark scripts write them, with made-up times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import names
+from benchmarks.record import COUNTING, FORMAT, rows
+from benchmarks.variant import Timing
+
+GPU = {
+    "kind": "cuda", "device": "NVIDIA Z999", "driver": "1.2.3", "cuda": "13.0", "cpu": "x",
+    "threads": 4,
+}  # fmt: skip
+CPU = {"kind": "cpu", "device": "A CPU", "threads": 2}
+
+
+def record(
+    name: str, tables: list[dict[str, Any]], hardware: dict[str, Any] = GPU
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "name": name,
+        "command": f"python -m benchmarks.{name}",
+        "date": "2026-01-02",
+        "commit": "abcdef123456",
+        "smoke": False,
+        "seed": 0,
+        "hardware": hardware,
+        "versions": {"torch": "2.11.0", "transformers": "5.17.0", "padless": "0.1.0"},
+        "counting": COUNTING,
+        "ceilings": {
+            "matmul_tflops": 790.0, "matmul_size": 8192, "matmul_dtype": "bfloat16",
+            "copy_tb_s": 3.0, "copy_bytes": 2**31,
+        },
+        "tables": tables,
+    }  # fmt: skip
+
+
+def timing(name: str, ms: float, *, gib: float = 1.0, **others_ms: float) -> Timing:
+    measures = {"forward": ms / 3, "forward_backward": ms, **others_ms}
+    samples = {key: [value * f for f in (0.99, 1.0, 1.02)] for key, value in measures.items()}
+    return Timing(name, samples=samples, peak_bytes=int(gib * 2**30))
+
+
+def table(case: str, timings: list[Timing], **facts: Any) -> dict[str, Any]:
+    made = {"case": case, "tokens_real": 7700, "tokens_padded": 16384, "flops": None}
+    return {**made, "forward_flops": None, "forward_bytes": None, **facts, "rows": rows(timings)}
+
+
+def step_record() -> dict[str, Any]:
+    liger = names.with_liger
+    fixed = [
+        timing(names.EAGER, 467.0, gib=66.8),
+        timing(names.SDPA, 314.0, gib=29.2),
+        Timing(liger(names.SDPA), reason="ModuleNotFoundError: No module named 'liger_kernel'"),
+        timing(names.SDPA_NO_MASK, 286.0, gib=27.7),
+        timing(names.FA4, 275.0, gib=27.5),
+        timing(liger(names.FA4), 215.0, gib=16.4),
+        timing(names.FA4_BY_HAND, 140.5, gib=14.6),
+        timing(liger(names.FA4_BY_HAND), 113.0, gib=9.6),
+        timing(names.PADLESS, 133.7, gib=14.6),
+        timing(liger(names.PADLESS), 114.0, gib=9.6),
+        timing(names.PADLESS_TORCH, 160.0, gib=14.6),
+    ]
+    new = [
+        timing(names.SDPA, 912.0, again=300.0),
+        timing(names.FA4_BY_HAND, 142.0, again=141.0),
+        timing(names.PADLESS, 135.0, again=134.0),
+        timing(liger(names.PADLESS), 121.0, again=114.0),
+    ]
+    fixed_facts = {"new_lengths": False, "flops": 67.6e12, "floor_ms": 85.6}
+    return record(
+        "step",
+        [
+            table("8 x 2048, 47 % real", fixed, **fixed_facts),
+            table("8 x 2048, 47 % real, new lengths at every step", new, new_lengths=True),
+        ],
+    )
+
+
+def layer_record() -> dict[str, Any]:
+    cases = {
+        "MHA, 8 x 2048, 47 % real": (16.8, 15.9, 5.19, 5.41),
+        "MHA, 2 x 8192, 67 % real": (23.1, 21.0, 10.7, 10.7),
+        "MHA, 8 x 2048, all real": (18.9, 15.9, 12.3, 11.9),
+        "GQA 32/8, 8 x 2048, 47 % real": (None, None, 3.61, 3.71),
+    }
+    tables = []
+    for case, (flash, sdpa, ours, floor) in cases.items():
+        timings = [
+            Timing(names.ORIGINAL_FLASH, reason="RuntimeError: stack expects equal size")
+            if flash is None
+            else timing(names.ORIGINAL_FLASH, flash),
+            Timing(names.ORIGINAL_SDPA, reason="RuntimeError: the size of tensor a")
+            if sdpa is None
+            else timing(names.ORIGINAL_SDPA, sdpa),
+            timing(names.PADLESS, ours),
+            timing(names.FLOOR, floor),
+        ]
+        tables.append(table(case, timings))
+    return record("layer", tables)
+
+
+def lengths_record() -> dict[str, Any]:
+    tables = []
+    for kind in ("one sequence", "packed documents"):
+        for tokens in (2048, 8192, 32768, 131072):
+            timings = [
+                timing(names.SDPA, tokens / 800, gib=tokens / 4096),
+                timing(names.PADLESS, tokens / 1000, gib=tokens / 4096),
+                timing(names.FLOOR, tokens / 1020, gib=tokens / 5000),
+            ]
+            facts = {"kind": kind, "tokens_real": tokens, "tokens_padded": tokens}
+            tables.append(table(f"{tokens} tokens, {kind}", timings, **facts))
+    return record("lengths", tables)
+
+
+def kernels_record() -> dict[str, Any]:
+    tables = []
+    for kv_heads in (8, 32):
+        for seqlen in (512, 2048, 8192, 16384):
+            timings = [
+                timing("padless, backend fa4", 3.0),
+                timing("padless, backend torch_varlen", 5.0),
+                Timing("padless, backend fa3", reason="BackendUnavailableError: not | here"),
+            ]
+            facts = {"flops": 1e12, "seqlen": seqlen, "num_heads": 32, "num_kv_heads": kv_heads}
+            made = table(f"attention 32/{kv_heads}, sequences of {seqlen}", timings, **facts)
+            for row in made["rows"]:
+                if row["reason"] is None:
+                    row["forward_tflops"] = 500.0 + seqlen / 1000
+                    row["tflops"] = 400.0 + seqlen / 1000
+            tables.append(made)
+    rotary = [
+        Timing("padless apply_rotary, in place", samples={"forward": [0.1]}),
+        Timing("a copy of q and k", samples={"forward": [0.08]}),
+    ]
+    made = table("rotary embedding 32/8", rotary, forward_bytes=3e8)
+    for row in made["rows"]:
+        row["forward_gb_s"] = 3e8 / row["forward_ms"]["median"] / 1e6
+    return record("kernels", [*tables, made])
+
+
+def syncs_record() -> dict[str, Any]:
+    syncs = Timing(names.PADLESS, facts={"host_syncs_a_forward": 1})
+    counts = {"graph_breaks": 0, "graphs_in_warmup": 4, "recompilations_after_warmup": 2}
+    return record(
+        "syncs",
+        [
+            table("host synchronisations a forward", [syncs]),
+            table(
+                "torch.compile of the layers, 50 shapes",
+                [Timing(names.PADLESS, facts=counts)],
+                shapes=50,
+            ),
+        ],
+    )
+
+
+def cpu_step_record() -> dict[str, Any]:
+    timings = [timing(names.SDPA, 3200.0), timing(names.PADLESS, 1650.0)]
+    return record("cpu_step", [table("8 x 256, 50 % real", timings)], CPU)
+
+
+def losscurve_record() -> dict[str, Any]:
+    stock = [18.0 * 0.95**step for step in range(50)]
+    patched = [loss * (1 + 2e-6 * (-1) ** step) for step, loss in enumerate(stock)]
+    rows_of = [
+        Timing(names.SDPA, facts={"losses": stock, "patched_on_same_weights": patched}),
+        Timing(names.PADLESS, facts={"losses": patched}),
+    ]
+    figures = {"largest": 2e-6, "mean": 0.0, "standard_error": 3e-7}
+    difference = {"runs": figures, "same_weights": figures}
+    return record(
+        "losscurve",
+        [
+            table(case, rows_of, difference=difference, steps=50, model="A small model")
+            for case in ("float32", "bfloat16 autocast")
+        ],
+        CPU,
+    )
+
+
+def all_records() -> list[dict[str, Any]]:
+    return [
+        cpu_step_record(),
+        kernels_record(),
+        layer_record(),
+        lengths_record(),
+        losscurve_record(),
+        step_record(),
+        syncs_record(),
+    ]

@@ -1,0 +1,202 @@
+"""docs/performance.md and its plots say what the records say, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import names, render
+from benchmarks.results_folder import load
+from benchmarks.tables import number, sections
+from benchmarks.targets import judge
+
+from benchmark_records import (
+    all_records,
+    cpu_step_record,
+    layer_record,
+    lengths_record,
+    losscurve_record,
+    step_record,
+    syncs_record,
+)
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A results folder with every record, and a page with every marker."""
+    (tmp_path / "results").mkdir()
+    for made in all_records():
+        path = tmp_path / "results" / f"{made['name']}-z.json"
+        path.write_text(json.dumps(made), encoding="utf-8")
+    (tmp_path / "performance.md").write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    return tmp_path
+
+
+def _render(folder: Path, *options: str) -> int:
+    results, page = str(folder / "results"), str(folder / "performance.md")
+    return render.main(["--results", results, "--page", page, *options])
+
+
+def test_committed_page_is_what_the_records_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert render.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_page_shows_the_numbers_of_the_records(folder: Path) -> None:
+    page = render.fill(PAGE.read_text(encoding="utf-8"), load(folder / "results"))
+
+    assert "| **padless** | 134 | 133 to 135 | 1.56 | 1.00 | 14.6 |" in page
+    assert "| transformers sdpa (default) | 314 |" in page
+    assert "No module named 'liger_kernel'" in page
+    assert "| transformers sdpa (default) | 912 | 907 to 923 | 300 |" in page
+    assert "**NVIDIA Z999**; driver 1.2.3, CUDA 13.0; torch 2.11.0" in page
+    assert "ceilings 790 TFLOP/s (bfloat16 product), 3.00 TB/s (copy)" in page
+    assert "67.6 TFLOP take 85.6 ms at the ceiling" in page
+    assert "![A training step, NVIDIA Z999](img/step-nvidia-z999.png)" in page
+    assert "| 131,072 | 131 | 129 | 1.02 | 32.0 |" in page
+    assert "| 32/8, 512 | 501 / 401 | 501 / 401 | - |" in page
+    assert "not / here" in page, "a pipe in a reason ends a table's cell"
+    assert "2026-01-02, commit abcdef123456. `python -m benchmarks.step`" in page
+
+
+def test_page_changes_with_a_number(folder: Path) -> None:
+    records = load(folder / "results")
+    before = sections(records)
+    for record in records:
+        if record["name"] == "step":
+            record["tables"][0]["rows"][1]["forward_backward_ms"]["median"] = 321.0
+    after = sections(records)
+
+    assert "| 321 |" in after["step"]
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"step", "targets"}
+
+
+@pytest.mark.requires("matplotlib")
+def test_render_writes_page_and_plots(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _render(folder, "--check") == 1
+    assert "performance.md is not what the records say" in capsys.readouterr().err
+    assert _render(folder) == 0
+    assert _render(folder, "--check") == 0
+
+    page = (folder / "performance.md").read_text(encoding="utf-8")
+    plots = sorted(path.name for path in (folder / "img").iterdir())
+    assert len(plots) == 6
+    for plot in plots:
+        assert f"(img/{plot})" in page
+        assert (folder / "img" / plot).read_bytes().startswith(b"\x89PNG")
+    (folder / "performance.md").write_text(page.replace("| 134 |", "| 99 |"), encoding="utf-8")
+    assert _render(folder, "--check") == 1
+
+
+@pytest.mark.requires("matplotlib")
+def test_plots_show_every_row_that_has_numbers(tmp_path: Path) -> None:
+    from benchmarks import plots
+
+    figure = plots._step(step_record())
+    shown = [text.get_text() for axis in figure.axes for text in axis.get_yticklabels()]
+    rows = [row for table in step_record()["tables"] for row in table["rows"]]
+    assert sorted(shown) == sorted(row["name"] for row in rows if row["reason"] is None)
+    labels = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert " 134 ms, 1.56 x floor" in labels
+    assert " 912 ms, 300 ms when met again" in labels
+    assert "floor 86 ms" in labels
+
+
+def test_page_without_records_names_the_commands(tmp_path: Path) -> None:
+    page = render.fill(PAGE.read_text(encoding="utf-8"), load(tmp_path))
+    assert "Not measured yet: `python -m benchmarks.layer`." in page
+    assert "Nothing measured yet." in page
+
+
+def test_smoke_runs_do_not_count(folder: Path) -> None:
+    path = folder / "results" / "step-z.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**record, "smoke": True}), encoding="utf-8")
+
+    assert "step" not in {record["name"] for record in load(folder / "results")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("begin: layer", "begin: other", "missing: layer"),
+        ("<!-- begin: step -->", "<!-- begin: step -->\n<!-- end: step -->\n<!-- begin: step -->",
+         "missing: none"),
+    ],
+    ids=["missing", "twice"],
+)  # fmt: skip
+def test_wrong_markers_are_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str
+) -> None:
+    page = folder / "performance.md"
+    page.write_text(page.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    assert _render(folder, "--check") == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.0012, "1.2e-03"), (0.123, "0.12"), (3.14159, "3.14"), (42.42, "42.4"),
+     (314.2, "314")],
+)  # fmt: skip
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def _met(record: dict[str, Any], key: str, part: str = "") -> list[bool | None]:
+    return [v.is_met for v in judge([record]) if v.key == key and part in v.measure]
+
+
+def test_targets_are_judged_by_the_records() -> None:
+    assert _met(step_record(), "P3") == [True]
+    assert _met(step_record(), "P4") == [False, False]
+    assert _met(step_record(), "P5") == [True, False]
+    assert _met(step_record(), "P6") == [True]
+    assert _met(step_record(), "P12") == [True, False, True]
+    assert _met(layer_record(), "P1") == [True] * 4
+    assert _met(layer_record(), "P2") == [True, True]
+    assert _met(lengths_record(), "P9") == [True] * 4
+    assert _met(syncs_record(), "P8") == [True, True, False]
+    assert _met(cpu_step_record(), "P10") == [True]
+    assert _met(losscurve_record(), "curve") == [True, True]
+
+
+def _with_ms(record: dict[str, Any], at: int, name: str, ms: float) -> dict[str, Any]:
+    made = copy.deepcopy(record)
+    for row in made["tables"][at]["rows"]:
+        if row["name"] == name:
+            row["forward_backward_ms"]["median"] = ms
+    return made
+
+
+def test_targets_turn_with_the_numbers() -> None:
+    slow = _with_ms(step_record(), 0, names.PADLESS, 141.0)
+    assert _met(slow, "P3") == [False]
+    slow = _with_ms(layer_record(), 0, names.PADLESS, 5.9)
+    assert _met(slow, "P1") == [False, True, True, True]
+    assert _met(slow, "P2") == [False, True]
+    slow = _with_ms(lengths_record(), 2, names.PADLESS, 40.0)
+    assert _met(slow, "P9") == [False, True, True, True]
+    slow = _with_ms(cpu_step_record(), 0, names.PADLESS, 2000.0)
+    assert _met(slow, "P10") == [False]
+    steep = lengths_record()
+    steep["tables"][3]["rows"][1]["peak_bytes"] *= 2
+    assert _met(steep, "P9") == [True, False, True, True]
+    apart = losscurve_record()
+    apart["tables"][0]["difference"]["runs"]["largest"] = 2e-4
+    apart["tables"][1]["difference"]["same_weights"]["mean"] = 1e-6
+    assert _met(apart, "curve") == [False, False]
+
+
+def test_target_without_numbers_is_not_measured() -> None:
+    record = step_record()
+    for row in record["tables"][0]["rows"]:
+        if row["name"] == names.FA4_BY_HAND:
+            row["reason"] = "ImportError"
+    assert _met(record, "P3") == [None]
+    assert "not measured" in sections([record])["targets"]
