@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from types import MethodType
 from typing import Any
@@ -204,6 +205,28 @@ def test_beside_the_replaced_attention(scope: str, mode: str) -> None:
         assert sum(layer.calls for layer in replaced.report().layers) == before + LAYERS
         handle.undo()
     assert _same(class_state(), classes) and steps_equal(step_of(model), stock)
+
+
+def test_replacing_the_attention_proves_itself_while_other_models_die(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The proof counts calls; those of a model that is collected meanwhile are not among them.
+    ids, real = batch("left")
+    model = build_model()
+    model.itself = [model]
+    with padless.replace_llama_attn_with_flash_attn():
+        run_logits(model, ids, real.long())
+    del model
+    train, stock = nn.Module.train, modeling_llama.LlamaAttention.forward
+
+    def collecting(self: nn.Module, mode: bool = True) -> nn.Module:
+        if modeling_llama.LlamaAttention.forward is not stock:
+            gc.collect()
+        return train(self, mode)
+
+    monkeypatch.setattr(nn.Module, "train", collecting)
+    with padless.replace_llama_attn_with_flash_attn() as handle:
+        assert handle.report().layers == ()
 
 
 def test_replacing_the_attention_of_a_patched_process_is_refused() -> None:
