@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from padless.backends.request import AttentionRequest, Window
+from padless.environment import autocasts
 from padless.errors import BackendUnavailableError
 from padless.layout import VarlenLayout
-from padless.selection import adapter, select_backend
+from padless.selection import Selection, adapter, select_backend
 
 Layouts = tuple[VarlenLayout, VarlenLayout]
 
@@ -31,11 +32,13 @@ class Plan:
         backend: the adapter that computes.
         head_dim: what q, k and v are padded to before it does.
         pieces: layouts of q and of k for each call of the adapter, in order.
+        selection: the backend's name, with the reasons why others were passed over.
     """
 
     backend: ModuleType
     head_dim: int
     pieces: tuple[Layouts, ...]
+    selection: Selection
 
 
 def plan_call(
@@ -56,7 +59,7 @@ def plan_call(
             asked = replace(request, head_dim=selection.head_dim)
         pieces, reason = _cut(chosen, asked, (layout_q, layout_k))
         if not reason:
-            return Plan(chosen, selection.head_dim, pieces)
+            return Plan(chosen, selection.head_dim, pieces, selection)
         if backend != "auto":
             raise BackendUnavailableError(f"no backend can serve {request}: {backend}: {reason}")
         passed_over[selection.name] = reason
@@ -142,11 +145,7 @@ def pad_heads(x: Tensor, head_dim: int) -> Tensor:
 
 def no_autocast(q: Tensor) -> AbstractContextManager[Any]:
     """Keeps autocast from computing in another dtype than the tensors have."""
-    if q.is_cuda:
-        enabled = torch.is_autocast_enabled()
-    else:
-        enabled = torch.is_autocast_cpu_enabled()
-    return torch.autocast(q.device.type, enabled=False) if enabled else nullcontext()
+    return torch.autocast(q.device.type, enabled=False) if autocasts(q) else nullcontext()
 
 
 def _no_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

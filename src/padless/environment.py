@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from packaging.version import InvalidVersion, Version
 
+_AUTOCAST_BY_DEVICE = Version(torch.__version__).release >= (2, 4)
+
 
 def package_version(distribution: str) -> Version | None:
     """Reads the version of an installed distribution; None if it is not installed."""
@@ -63,6 +65,13 @@ def is_compiling() -> bool:
     if compiler is not None and hasattr(compiler, "is_compiling"):
         return bool(compiler.is_compiling())
     return bool(torch._dynamo.is_compiling())
+
+
+def autocasts(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for a tensor's device, CUDA or CPU."""
+    if _AUTOCAST_BY_DEVICE:
+        return torch.is_autocast_enabled(tensor.device.type)
+    return torch.is_autocast_enabled() if tensor.is_cuda else torch.is_autocast_cpu_enabled()
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:

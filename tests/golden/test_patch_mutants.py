@@ -74,16 +74,16 @@ def _attending(**changed: Any) -> Plant:
     """Plants a change of what layers hand to attention."""
 
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-        sound = layer.varlen_attention
+        sound = layer.run
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def run(plan: Any, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             if "flipped" in changed:
-                return sound(q, k.flip(1), v.flip(1), *args, **kwargs)
+                return sound(plan, q, k.flip(1), v.flip(1), **options)
             factor = changed.get("factor", 1.0)
-            kwargs = {**kwargs, "softmax_scale": kwargs["softmax_scale"] * factor}
-            return sound(q, k, v, *args, **{**kwargs, "causal": changed.get("causal", True)})
+            options = {**options, "softmax_scale": options["softmax_scale"] * factor}
+            return sound(plan, q, k, v, **{**options, "causal": changed.get("causal", True)})
 
-        monkeypatch.setattr(layer, "varlen_attention", attend)
+        monkeypatch.setattr(layer, "run", run)
 
     return plant
 
@@ -159,7 +159,7 @@ MUTANTS: dict[str, tuple[Plant, Callable[[], None]]] = {
         check_outputs,
     ),
     "hooked projections written over": (
-        _replacing(layer, "_owns_its_output", lambda _: lambda module: True),
+        _replacing(layer, "is_plain", lambda _: lambda module: True),
         check_hooks,
     ),
 }

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from padless.backends.dense_batches import dense_batches
 from padless.backends.limits import in_reach
 from padless.backends.request import AttentionRequest, Window
 from padless.environment import has_sdpa, has_sdpa_gqa
@@ -67,6 +68,8 @@ def varlen(
                     softmax_scale=softmax_scale,
                 )
                 return dense.reshape(q.shape)
+        if _fills_up(q) and window == (None, 0) and layout_q.lengths == layout_k.lengths:
+            return _filled_up(q, k, v, layout_q, softmax_scale)
         split = layout_q.split(q), layout_k.split(k), layout_k.split(v)
         out: list[Tensor] = [q[:0]] * len(layout_q.lengths)
         for same in members.values():
@@ -78,6 +81,27 @@ def varlen(
             for index, piece in zip(same, dense.unbind(0), strict=True):
                 out[index] = piece
     return torch.cat(out) if members else torch.zeros_like(q)
+
+
+def _fills_up(q: Tensor) -> bool:
+    """Whether calls cost more than work on what sequences are filled up with."""
+    return q.is_cuda
+
+
+def _filled_up(
+    q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, softmax_scale: float
+) -> Tensor:
+    """Attends causally in few dense batches, each of sequences filled up to its longest.
+
+    What a sequence is filled up with stands behind its own tokens, which therefore do not see it.
+    """
+    plan = dense_batches(layout, 7 * q.shape[1] * q.shape[2])
+    parts = []
+    for gathered, shape in plan.batches:
+        dense = (x.index_select(0, gathered).view(*shape, *x.shape[1:]) for x in (q, k, v))
+        out = _one_length(*dense, window=(None, 0), softmax_scale=softmax_scale)
+        parts.append(out.reshape(-1, *q.shape[1:]))
+    return torch.cat(parts).index_select(0, plan.places)
 
 
 def _together(pieces: tuple[Tensor, ...], indices: list[int]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from padless.dispatch import Plan
 from padless.layout import VarlenLayout
 from padless.selection import Selection
 
@@ -39,6 +40,7 @@ class FlatBatch:
         backend: of `varlen_attention`, or "auto".
         host_syncs: host synchronisations that building it took, 0 or 1.
         served: what each layer did, by the module's id.
+        plans: how calls of one kind are served, by what the layers tell of them.
     """
 
     layout: VarlenLayout
@@ -46,6 +48,7 @@ class FlatBatch:
     backend: str = "auto"
     host_syncs: int = 0
     served: dict[int, Served] = field(default_factory=dict)
+    plans: dict[Any, Plan] = field(default_factory=dict)
 
     def __contains__(self, item: object) -> bool:
         # transformers 4.34 to 4.37 ask a mask whether a 0 is in it, and drop it if not.
@@ -58,6 +61,7 @@ class FlatBatch:
         return replace(
             self,
             layout=self.layout.to(device),
+            plans={},
             position_ids=self.position_ids.to(device, non_blocking=non_blocking),
         )
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from padless.attention import varlen_attention
 from padless.backends.request import AttentionRequest
+from padless.dispatch import no_autocast, plan_call, run, validate_layouts
 from padless.environment import is_compiling
 from padless.hf.eras import Era
 from padless.kernels.rotary import apply_rotary
 from padless.layout import VarlenLayout
-from padless.selection import select_backend
 from padless.unpadded.batch import ARGUMENT, FlatBatch, Served
+from padless.unpadded.projections import is_plain, project
 
 # A LlamaAttention of some transformers version: its attributes are not the same in all of them.
 Layer = Any
@@ -64,36 +65,47 @@ def _attend(
     if batch.position_ids.device != hidden.device:
         batch = batch.to(hidden.device)
     total = hidden.shape[1]
-    heads = (total, -1, module.head_dim)
-    # As modules, so that LoRA, hooks and quantised layers stay in effect.
-    q = module.q_proj(hidden).view(heads)
-    k = module.k_proj(hidden).view(heads)
-    v = module.v_proj(hidden).view(heads)
+    q, k, v = (x.view(total, -1, module.head_dim) for x in project(module, hidden))
     cos, sin = _rotary_tables(module, v, batch, arguments, era)
-    q, k = apply_rotary(q, k, cos, sin, inplace=_owns_its_output(module))
+    q, k = apply_rotary(q, k, cos, sin, inplace=is_plain(module.q_proj) and is_plain(module.k_proj))
     # Float32 norms promote q and k; values still have the dtype that the projection computed in.
     q, k = (x if x.dtype == v.dtype else x.to(v.dtype) for x in (q, k))
     present = _keep(module, k, v, batch.layout, arguments, era)
-    scale = getattr(module, "scaling", None) or module.head_dim**-0.5
-    if not is_compiling():
-        request = AttentionRequest.of(q, k)
-        batch.served[id(module)] = Served(
-            type(module).__name__,
-            getattr(module, "layer_idx", None),
-            select_backend(request, batch.backend),
-        )
-    out = varlen_attention(q, k, v, batch.layout, softmax_scale=float(scale), backend=batch.backend)
+    scale = float(getattr(module, "scaling", None) or module.head_dim**-0.5)
+    if is_compiling():
+        out = varlen_attention(q, k, v, batch.layout, softmax_scale=scale, backend=batch.backend)
+    else:
+        out = _attend_planned(module, q, k, v, batch, scale)
     return module.o_proj(out.reshape(1, total, -1)), present
 
 
-def _owns_its_output(module: Layer) -> bool:
-    """Whether nobody else can hold what the projections of q and k return, or its gradient."""
-    return all(type(p) is nn.Linear and not _has_hooks(p) for p in (module.q_proj, module.k_proj))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    # Backward hooks sit on a view of the output, which a write to its base would leave behind.
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+def _attend_planned(
+    module: Layer, q: Tensor, k: Tensor, v: Tensor, batch: FlatBatch, softmax_scale: float
+) -> Tensor:
+    """Does what `varlen_attention` does, choosing the backend once for all layers of a kind."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    key = (q.device, q.dtype, q.shape, k.shape, needs_grad, deterministic)
+    plan = batch.plans.get(key)
+    if plan is None:
+        validate_layouts(q, k, batch.layout, batch.layout)
+        request = AttentionRequest.of(q, k, v, deterministic=deterministic)
+        plan = plan_call(request, batch.backend, batch.layout, batch.layout)
+        batch.plans[key] = plan
+    batch.served[id(module)] = Served(
+        type(module).__name__, getattr(module, "layer_idx", None), plan.selection
+    )
+    with no_autocast(q):
+        return run(
+            plan,
+            q,
+            k,
+            v,
+            causal=True,
+            softmax_scale=softmax_scale,
+            window_size=(None, None),
+            deterministic=deterministic,
+        )
 
 
 def _rotary_tables(
