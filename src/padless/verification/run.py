@@ -132,6 +132,12 @@ class _Run:
             with measure.as_truth(self.truth_dtype):
                 self.logits[batch.side] = (logits, measure.real_logits(truth, batch))
                 self.gradients[batch.side] = (gradients, measure.training_step(truth, batch))
+        self.logits_error = measure.Baseline.of(self.logits.values())
+        by_side = self.gradients.values()
+        self.gradient_errors = {
+            name: measure.Baseline.of((stock[name], truth[name]) for stock, truth in by_side)
+            for name in next(iter(by_side))[1]
+        }
         self._stage("unpatched: greedy tokens")
         self.tokens = self._greedy()
         with measure.as_truth(self.truth_dtype):
@@ -143,15 +149,16 @@ class _Run:
         with engaged(self.model, path) as served:
             self._stage(f"{path} path: logits")
             for batch in self.batches:
-                stock, truth = self.logits[batch.side]
+                _, truth = self.logits[batch.side]
                 got = measure.real_logits(self.model, batch)
-                checks.append(measure.judge(f"logits, {batch.side} pad", [(got, stock, truth)]))
+                judged = [(got, truth, self.logits_error)]
+                checks.append(measure.judge(f"logits, {batch.side} pad", judged))
             self._stage(f"{path} path: gradients")
             for batch in self.batches:
-                stock_grads, truth_grads = self.gradients[batch.side]
+                _, truths = self.gradients[batch.side]
                 grads = measure.training_step(self.model, batch)
-                pairs = [(grads[n], stock_grads[n], truth_grads[n]) for n in truth_grads]
-                checks.append(measure.judge(f"gradients, {batch.side} pad", pairs))
+                judged = [(grads[n], truths[n], self.gradient_errors[n]) for n in truths]
+                checks.append(measure.judge(f"gradients, {batch.side} pad", judged))
             self._stage(f"{path} path: {self.new_tokens} greedy tokens")
             checks.append(self._check_greedy())
             self._stage(f"{path} path: perturbation probe")
