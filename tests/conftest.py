@@ -108,3 +108,15 @@ def _reason(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
     return str(report.longrepr)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of this test's own, and no verdict in memory before and after it."""
+    from padless.qualification import forget_verdicts
+
+    monkeypatch.setenv("PADLESS_CACHE", str(tmp_path))
+    monkeypatch.delenv("PADLESS_REQUALIFY", raising=False)
+    forget_verdicts()
+    yield tmp_path
+    forget_verdicts()
