@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from padless.kernels import rotary, rotary_torch
+from padless.kernels import rotary, rotary_torch, trial
 from padless.kernels.rotary import apply_rotary, rotary_backend
 from rotary_cases import RotaryCase
 
@@ -43,7 +43,7 @@ def test_backend_is_torch_where_triton_cannot_run(
         raise RuntimeError("no C compiler\nand a long trace")
 
     answer = (module, "" if module else reason)
-    monkeypatch.setattr(rotary, "import_optional", lambda name: answer)
+    monkeypatch.setattr(trial, "import_optional", lambda name: answer)
     monkeypatch.setattr(rotary, "_rotate_of", rotate_of)
     assert rotary._triton_fault.__wrapped__(torch.device("cpu")) == reason
 
@@ -55,7 +55,7 @@ def test_a_kernel_that_is_wrong_fails_its_trial(monkeypatch: pytest.MonkeyPatch)
 
         return rotate_back if wrong else rotary_torch.rotate
 
-    monkeypatch.setattr(rotary, "import_optional", lambda name: (object(), ""))
+    monkeypatch.setattr(trial, "import_optional", lambda name: (object(), ""))
     monkeypatch.setattr(rotary, "_rotate_of", rotate_of)
     for wrong in (False, True):
         fault = rotary._triton_fault.__wrapped__(torch.device("cpu"))

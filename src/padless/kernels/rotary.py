@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from padless.environment import import_optional, is_compiling
+from padless.environment import is_compiling
 from padless.kernels import rotary_torch
+from padless.kernels.trial import triton_fault
 
 
 class RotaryBackend(NamedTuple):
@@ -96,28 +97,18 @@ def _is_traced() -> bool:
 
 @functools.cache
 def _triton_fault(device: torch.device) -> str | None:
-    """Rotates a few numbers on a GPU by the kernel; says what is wrong, None if nothing is.
+    return triton_fault(_try, device)
 
-    That Triton imports says little: it compiles at the first launch, for which it needs a C
-    compiler and a driver that suit it.
-    """
-    module, reason = import_optional("triton")
-    if module is None:
-        return reason
-    try:
-        with torch.no_grad():
-            numbers = torch.linspace(-1, 1, 144, dtype=torch.float32, device=device)
-            q, k = numbers[:96].view(2, 3, 2, 8)
-            cos, sin = numbers[96:].view(2, 3, 8)
-            out_q, out_k = torch.empty_like(q), torch.empty_like(k)
-            _rotate_of("triton")(q, k, out_q, out_k, cos, sin, transposed=False)
-            for out, x in ((out_q, q), (out_k, k)):
-                torch.testing.assert_close(out, rotary_torch.rotated(x, cos, sin))
-    except Exception as error:
-        # Whatever a broken installation raises: torch can do without it.
-        lines = str(error).splitlines() or [""]
-        return f"Triton's kernel failed its trial: {type(error).__name__}: {lines[0]}"
-    return None
+
+def _try(device: torch.device) -> None:
+    """Rotates a few numbers by the kernel; raises if that is wrong."""
+    numbers = torch.linspace(-1, 1, 144, dtype=torch.float32, device=device)
+    q, k = numbers[:96].view(2, 3, 2, 8)
+    cos, sin = numbers[96:].view(2, 3, 8)
+    out_q, out_k = torch.empty_like(q), torch.empty_like(k)
+    _rotate_of("triton")(q, k, out_q, out_k, cos, sin, transposed=False)
+    for out, x in ((out_q, q), (out_k, k)):
+        torch.testing.assert_close(out, rotary_torch.rotated(x, cos, sin))
 
 
 def _rotate_of(backend: str) -> Callable[..., None]:

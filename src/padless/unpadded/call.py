@@ -10,10 +10,11 @@ from torch import Tensor
 from padless.environment import is_capturing, is_tracing
 from padless.errors import UnsupportedError
 from padless.hf.eras import Era
+from padless.kernels.unpad import FlatTokens
 from padless.layout import VarlenLayout
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.ledger import Ledger
-from padless.unpadded.structure import flatten_labels, read_structure
+from padless.unpadded.structure import Structure, flatten_labels, read_structure
 
 # What says where documents are; transformers' names, and a layout made beforehand.
 PACKING = ("layout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -53,8 +54,7 @@ def flatten_call(
     if reason is None:
         found = _read(source, arguments)
         if found.layout is not None:
-            batch = _flat(model, source, arguments, found.layout, ledger.backend, found.host_syncs)
-            return batch
+            return _flat(model, source, arguments, found, ledger.backend)
         reason = found.reason
         ledger.count_syncs(found.host_syncs)
     leave_to_stock(reason, arguments, ledger)
@@ -148,7 +148,7 @@ def _fits(position_ids: Any, source: Tensor) -> bool:
     return position_ids.shape in ((batch, seqlen), (1, seqlen))
 
 
-def _read(source: Tensor, arguments: dict[str, Any]) -> Any:
+def _read(source: Tensor, arguments: dict[str, Any]) -> Structure:
     cu_seqlens, cu_seqlens_k = (arguments.get(name) for name in _BOUNDARIES[1:])
     layout = arguments.get("layout")
     if layout is not None and not isinstance(layout, VarlenLayout):
@@ -165,42 +165,54 @@ def _read(source: Tensor, arguments: dict[str, Any]) -> Any:
         cu_seqlens=cu_seqlens_k if cu_seqlens is None else cu_seqlens,
         cu_seqlens_k=cu_seqlens_k,
         layout=layout,
+        input_ids=arguments.get("input_ids"),
         labels=arguments.get("labels"),
         shift_labels=arguments.get("shift_labels"),
     )
 
 
 def _flat(
-    model: Any,
-    source: Tensor,
-    arguments: dict[str, Any],
-    layout: VarlenLayout,
-    backend: str,
-    host_syncs: int,
+    model: Any, source: Tensor, arguments: dict[str, Any], found: Structure, backend: str
 ) -> FlatBatch:
     """Replaces the arguments of the padded call by those of the flat one."""
-    position_ids = arguments.get("position_ids")
-    if position_ids is not None:
-        positions = layout.unpad(position_ids.to(source.device).expand(source.shape[:2])).long()
-    elif layout.indices is not None:
-        positions = layout.indices % layout.seqlen
-    else:
-        positions = torch.arange(layout.seqlen, device=source.device).repeat(layout.batch)
+    layout = found.layout
+    assert layout is not None
     embed = model.embed_tokens
     if arguments.get("input_ids") is not None and (
         embed._forward_hooks or embed._forward_pre_hooks
     ):
         # A hook on the embedding (NEFTune's noise) may depend on the padded shape.
         arguments["inputs_embeds"] = embed(arguments.pop("input_ids"))
-    for name in ("input_ids", "inputs_embeds"):
+    positions = arguments.get("position_ids")
+    if positions is not None:
+        positions = positions.to(source.device).expand(source.shape[:2])
+    tokens = found.tokens or _tokens(layout, positions, arguments, source.device)
+    made = {name: getattr(tokens, name) for name in ("input_ids", *PER_TOKEN)}
+    if arguments.get("inputs_embeds") is not None:
+        made["inputs_embeds"] = layout.unpad(arguments["inputs_embeds"])
+    for name, tensor in made.items():
         if arguments.get(name) is not None:
-            arguments[name] = layout.unpad(arguments[name]).unsqueeze(0)
-    if arguments.get("labels") is not None:
-        arguments["labels"] = flatten_labels(layout, arguments["labels"].to(source.device))
-    if arguments.get("shift_labels") is not None:
-        flat = layout.unpad(arguments["shift_labels"].to(source.device))
-        arguments["shift_labels"] = flat.unsqueeze(0)
+            arguments[name] = tensor.unsqueeze(0)
     for name in (*PACKING, "cache_position", "attention_mask"):
         arguments.pop(name, None)
-    arguments["position_ids"] = positions.unsqueeze(0)
-    return FlatBatch(layout, arguments["position_ids"], backend, host_syncs)
+    arguments["position_ids"] = tokens.positions.unsqueeze(0)
+    return FlatBatch(layout, arguments["position_ids"], backend, found.host_syncs)
+
+
+def _tokens(
+    layout: VarlenLayout, positions: Tensor | None, arguments: dict[str, Any], device: torch.device
+) -> FlatTokens:
+    """Makes by torch's operations what the kernels make where they serve."""
+    if positions is not None:
+        positions = layout.unpad(positions).long()
+    elif layout.indices is not None:
+        positions = layout.indices % layout.seqlen
+    else:
+        positions = torch.arange(layout.seqlen, device=device).repeat(layout.batch)
+    ids, labels, shift_labels = (arguments.get(name) for name in ("input_ids", *PER_TOKEN))
+    return FlatTokens(
+        positions,
+        None if ids is None else layout.unpad(ids),
+        None if labels is None else flatten_labels(layout, labels.to(device))[0],
+        None if shift_labels is None else layout.unpad(shift_labels.to(device)),
+    )

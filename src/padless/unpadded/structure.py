@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from padless.kernels.unpad import IGNORED, FlatTokens, Unpadded, unpad_rows
 from padless.layout import VarlenLayout
 
-IGNORED = -100  # the label that transformers' losses ignore
+_BOUND = "a label that is compared with an output at padding"
+_EMPTY = "a batch without a real token"
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class Structure:
         layout: its real tokens and their sequences; None if it has to be left to the stock path.
         reason: why, then.
         host_syncs: host synchronisations spent, 0 or 1.
+        tokens: the batch made flat on the way, where kernels did.
     """
 
     layout: VarlenLayout | None
     reason: str = ""
     host_syncs: int = 0
+    tokens: FlatTokens | None = None
 
 
 def read_structure(
@@ -42,6 +46,7 @@ def read_structure(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     layout: VarlenLayout | None = None,
+    input_ids: Tensor | None = None,
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
 ) -> Structure:
@@ -56,6 +61,7 @@ def read_structure(
         cu_seqlens: int `(documents + 1,)` over all slots, row after row; goes before position_ids.
         cu_seqlens_k: what the caller says of keys; without a cache it is the same.
         layout: the answer itself, made beforehand; goes before both.
+        input_ids: `(batch, seqlen)`, only to be made flat on the way.
         labels: `(batch, seqlen)`, each compared with the output one slot earlier.
         shift_labels: `(batch, seqlen)`, each compared with the output of its own slot.
 
@@ -72,6 +78,10 @@ def read_structure(
         return Structure(VarlenLayout.from_rows(batch, seqlen, device=device))
     if layout is not None and nothing and layout.indices is None:
         return Structure(layout)
+    if key_padding_mask is not None and all(x is None for x in (position_ids, cu_seqlens, layout)):
+        flat = unpad_rows(key_padding_mask, input_ids, labels, shift_labels)
+        if flat is not None and flat.numbers.device == device:
+            return _of_flat(flat, batch, seqlen)
     real = _real(batch, seqlen, device, key_padding_mask, layout)
     facts = [
         _bound(real, labels, shift_labels).any(),
@@ -103,12 +113,12 @@ def read_structure(
             "attention_mask must hide what layout leaves out and nothing else; pass one of them"
         )
     if bound:
-        return Structure(None, "a label that is compared with an output at padding", syncs)
+        return Structure(None, _BOUND, syncs)
     if layout is not None:
         return Structure(layout, host_syncs=syncs)
     lengths, total = numbers[:batch], sum(numbers[:batch])
     for is_so, reason in (
-        (total == 0, "a batch without a real token"),
+        (total == 0, _EMPTY),
         (odd, "position_ids that neither count on nor restart at 0"),
         (still, "position_ids that are 0 throughout"),
     ):
@@ -122,6 +132,20 @@ def read_structure(
     else:
         found = VarlenLayout.from_slots(documents, indices, batch, seqlen, device=device)
     return Structure(found, host_syncs=syncs)
+
+
+def _of_flat(flat: Unpadded, batch: int, seqlen: int) -> Structure:
+    """Reads what the kernels have counted; the one transfer to the host."""
+    numbers = flat.numbers.tolist()
+    syncs = int(flat.numbers.device.type != "cpu")
+    lengths, total = numbers[:batch], sum(numbers[:batch])
+    if any(numbers[batch:]):
+        return Structure(None, _BOUND, syncs)
+    if total == 0:
+        return Structure(None, _EMPTY, syncs)
+    indices = None if total == batch * seqlen else flat.indices[:total]
+    layout = VarlenLayout(tuple(lengths), flat.cu_seqlens, indices, batch, seqlen)
+    return Structure(layout, host_syncs=syncs, tokens=flat.tokens.cut(total))
 
 
 def flatten_labels(layout: VarlenLayout, labels: Tensor) -> Tensor:
