@@ -14,6 +14,7 @@ from torch import Tensor
 
 from padless.backends.limits import in_reach, reject_gpu, reject_head_dim, token_overflow
 from padless.backends.request import AttentionRequest, Window
+from padless.backends.rows import CachedRows
 from padless.environment import import_optional, package_version
 from padless.layout import VarlenLayout
 
@@ -121,6 +122,32 @@ def varlen(
         # flash-attention issue 2611: versions before its end go astray in a dout whose rows lie far
         # apart, as those of a slice do.
         out.register_hook(in_reach)
+    return out
+
+
+def reject_decode(request: AttentionRequest) -> str | None:
+    """Says why FlashAttention-4 cannot decode; None if it can."""
+    reason = reject(request)
+    if reason is None and "seqused_k" not in _kernel()[1]:
+        return f"flash-attn-4 {version()} takes no length a row"
+    return reason
+
+
+def decode(
+    q: Tensor, k_buffer: Tensor, v_buffer: Tensor, rows: CachedRows, *, softmax_scale: float
+) -> Tensor:
+    """Attends from one query a row to the row's own keys; see `sdpa.decode` for the arguments."""
+    options = {
+        "cu_seqlens_q": rows.cu_seqlens_q,
+        "cu_seqlens_k": rows.cu_seqlens_k,
+        "max_seqlen_q": 1,
+        "max_seqlen_k": max(k_buffer.shape[1], _LEAST_BOUND),
+        "seqused_k": rows.lengths,
+        "softmax_scale": softmax_scale,
+        "causal": False,
+    }
+    result = _call(q, k_buffer.flatten(0, 1), v_buffer.flatten(0, 1), options)
+    out: Tensor = result[0] if isinstance(result, tuple) else result
     return out
 
 

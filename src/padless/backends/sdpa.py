@@ -14,6 +14,7 @@ from torch import Tensor
 from padless.backends.dense_batches import dense_batches
 from padless.backends.limits import in_reach
 from padless.backends.request import AttentionRequest, Window
+from padless.backends.rows import CachedRows
 from padless.environment import has_sdpa, has_sdpa_gqa
 from padless.layout import VarlenLayout
 from padless.reference import visible_keys
@@ -142,6 +143,51 @@ def _one_length(q: Tensor, k: Tensor, v: Tensor, *, window: Window, softmax_scal
         is_causal=is_causal,
         softmax_scale=softmax_scale,
     ).transpose(1, 2)
+
+
+def reject_decode(request: AttentionRequest) -> str | None:
+    """Says why SDPA cannot decode; None if it can."""
+    return reject(request)
+
+
+def decode(
+    q: Tensor, k_buffer: Tensor, v_buffer: Tensor, rows: CachedRows, *, softmax_scale: float
+) -> Tensor:
+    """Attends from one query a row to the row's own keys.
+
+    Args:
+        q: `(batch, num_heads, head_dim)`.
+        k_buffer: `(batch, capacity, num_kv_heads, head_dim)`.
+        v_buffer: like k_buffer; what is in slots without a key has to be finite on CUDA.
+        rows: how many keys each row has; with a mask on CUDA.
+        softmax_scale: factor of the scores.
+
+    Returns:
+        `(batch, num_heads, head_dim)`.
+    """
+    query = q.unsqueeze(2)  # (b, h, 1, d)
+    k, v = k_buffer.transpose(1, 2), v_buffer.transpose(1, 2)  # (b, hkv, capacity, d)
+    if rows.key_padding_mask is not None:
+        mask = rows.key_padding_mask[:, None, None, :]
+        return dense_attention(query, k, v, mask=mask, softmax_scale=softmax_scale).squeeze(2)
+    # On the CPU nothing waits for the lengths, calls are cheap and work is not.
+    lengths = rows.lengths.tolist()
+    out = []
+    for first, last in _runs(lengths):
+        keys = slice(lengths[first])
+        part = slice(first, last)
+        out.append(
+            dense_attention(
+                query[part], k[part, :, keys], v[part, :, keys], softmax_scale=softmax_scale
+            )
+        )
+    return torch.cat(out).squeeze(2)
+
+
+def _runs(lengths: list[int]) -> list[tuple[int, int]]:
+    """Finds the stretches of neighbours with the same length."""
+    ends = [i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]]
+    return list(zip([0, *ends], [*ends, len(lengths)], strict=True))
 
 
 def dense_attention(

@@ -25,6 +25,7 @@ from padless.backends.limits import (
     reject_gpu,
 )
 from padless.backends.request import AttentionRequest, Window
+from padless.backends.rows import CachedRows
 from padless.environment import import_optional
 from padless.layout import VarlenLayout
 
@@ -119,6 +120,36 @@ def varlen(
     if _operator()[0] is not None:
         return _call(q, k, v, layout_q, layout_k, causal, softmax_scale, window_size)[0]
     return _call_wrapper(q, k, v, layout_q, layout_k, causal, softmax_scale, window_size)
+
+
+def reject_decode(request: AttentionRequest) -> str | None:
+    """Says why torch's varlen kernel cannot decode; None if it can."""
+    if "seqused_k" not in _operator()[1]:
+        return f"the varlen operator of torch {torch.__version__} takes no length a row"
+    return reject(request)
+
+
+def decode(
+    q: Tensor, k_buffer: Tensor, v_buffer: Tensor, rows: CachedRows, *, softmax_scale: float
+) -> Tensor:
+    """Attends from one query a row to the row's own keys; see `sdpa.decode` for the arguments."""
+    operator, _ = _operator()
+    assert operator is not None  # reject_decode() has said so otherwise
+    out: Tensor = operator(
+        in_reach(q),
+        k_buffer.flatten(0, 1),
+        v_buffer.flatten(0, 1),
+        rows.cu_seqlens_q,
+        rows.cu_seqlens_k,
+        1,
+        k_buffer.shape[1],
+        0.0,
+        False,
+        False,
+        scale=softmax_scale,
+        seqused_k=rows.lengths,
+    )[0]
+    return out
 
 
 def saves_lse() -> bool:

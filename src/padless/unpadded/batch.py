@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from padless.dispatch import Plan
+from padless.generation.decoder import Decoder
+from padless.generation.store import RaggedStore
 from padless.layout import VarlenLayout
 from padless.selection import Selection
 
@@ -41,6 +43,8 @@ class FlatBatch:
         host_syncs: host synchronisations that building it took, 0 or 1.
         served: what each layer did, by the module's id.
         plans: how calls of one kind are served, by what the layers tell of them.
+        store: of the `generate` call that this batch belongs to; layers keep keys and values there.
+        decoder: attends, where the batch is one further token for each row of the store.
     """
 
     layout: VarlenLayout
@@ -49,6 +53,8 @@ class FlatBatch:
     host_syncs: int = 0
     served: dict[int, Served] = field(default_factory=dict)
     plans: dict[Any, Plan] = field(default_factory=dict)
+    store: RaggedStore | None = None
+    decoder: Decoder | None = None
 
     def __contains__(self, item: object) -> bool:
         # transformers 4.34 to 4.37 ask a mask whether a 0 is in it, and drop it if not.

@@ -61,6 +61,31 @@ def flatten_call(
     return None
 
 
+def flatten_prompt(
+    model: Any, arguments: dict[str, Any], backend: str, era: Era
+) -> FlatBatch | None:
+    """Flattens a prompt whose rows are one sequence each, in place; counts nothing.
+
+    Args:
+        model: the `LlamaModel`.
+        arguments: by name, as for `flatten_call`.
+        backend: of `varlen_attention`.
+        era: of the installed transformers.
+
+    Returns:
+        The batch; None if `flatten_call` would not flatten it, or into more sequences than rows.
+    """
+    source = arguments.get("input_ids")
+    if source is None:
+        source = arguments["inputs_embeds"]
+    if _stock_reason(model, arguments, source, era) is not None:
+        return None
+    found = _read(source, arguments)
+    if found.layout is None or len(found.layout.lengths) != source.shape[0]:
+        return None
+    return _flat(model, source, arguments, found, backend)
+
+
 def leave_to_stock(reason: str, arguments: dict[str, Any], ledger: Ledger) -> None:
     """Counts a call that the stock path is to serve.
 

@@ -16,6 +16,7 @@ from padless.unpadded.call import PACKING, PER_TOKEN, flatten_call, leave_to_sto
 from padless.unpadded.ledger import Ledger
 from padless.unpadded.outputs import pad_outputs
 from padless.unpadded.seams import batch_arguments
+from padless.unpadded.session import current_session
 
 Forward = Callable[..., Any]
 
@@ -83,6 +84,10 @@ def causal_lm_forward(
         if ledger is None:
             return inner_of(self)(*args, **kwargs)
         arguments = _named(stock, args, kwargs)
+        session = current_session(self)
+        served = None if session is None else session.serve(arguments, ledger)
+        if served is not None:
+            return served
         if isinstance(arguments.get("attention_mask"), (FlatBatch, Passed)):
             # From a patch of this model around the one of the whole process.
             return inner_of(self)(**arguments)

@@ -17,6 +17,7 @@ from padless.hf.changes import ABSENT, Change
 from padless.hf.eras import Era, installed_era
 from padless.selection import BACKENDS
 from padless.unpadded.door import causal_lm_forward, model_forward
+from padless.unpadded.generate import generate_with_session
 from padless.unpadded.handle import PatchHandle
 from padless.unpadded.instance import (
     LEDGER,
@@ -193,6 +194,7 @@ def _plan_instance(model: nn.Module, ledger: Ledger, era: Era) -> list[AnyChange
         elif isinstance(module, llama.LlamaForCausalLM) and home_of(module).startswith(_KNOWN):
             make = functools.partial(causal_lm_forward, inner_of, ledger_of)
             changes.append(Hook(module, StepInFront(), f"{where} before Liger"))
+            changes.extend(_generate_changes(module, ledger_of, where, era))
         else:
             continue
         changes.extend(_instance_changes(module, make, ledger, where, era))
@@ -214,6 +216,22 @@ def _instance_changes(
         Change(module, LEDGER, ABSENT, ledger, f"{where}.{LEDGER}"),
         Door(module, slot, found, MethodType(forward, module), f"{where}.{slot}"),
     ]
+
+
+def _generate_changes(
+    module: Any, ledger_of: Callable[[nn.Module], Ledger | None], where: str, era: Era
+) -> list[Change]:
+    stock = getattr(type(module), "generate", None)
+    if stock is None or "generate" in vars(module):
+        # Models without it there are from 4.50 on; one of somebody else's stays as it is.
+        return []
+
+    def inner_of(self: Any) -> Forward:
+        return MethodType(type(self).generate, self)
+
+    generate = generate_with_session(inner_of, ledger_of, stock, era)
+    new = MethodType(generate, module)
+    return [Change(module, "generate", ABSENT, new, f"{where}.generate")]
 
 
 def _inner_model(era: Era, number: int, module: nn.Module) -> Forward:

@@ -42,6 +42,10 @@ class PatchReport:
         skipped_tokens: padding that it did not compute.
         host_syncs: host synchronisations, at most one a forward.
         stock: calls left to transformers' own path, by reason.
+        generations: `generate` calls that kept a cache of real tokens alone.
+        decoding_steps: further tokens, one for each row, that such calls computed behind it.
+        graph_replays: those of the steps that were a replay of a CUDA graph.
+        generation_notes: why `generate` calls, or their steps, did without, by reason.
     """
 
     is_engaged: bool
@@ -56,6 +60,10 @@ class PatchReport:
     skipped_tokens: int
     host_syncs: int
     stock: dict[str, int]
+    generations: int = 0
+    decoding_steps: int = 0
+    graph_replays: int = 0
+    generation_notes: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         state = "engaged" if self.is_engaged else "undone"
@@ -75,6 +83,12 @@ class PatchReport:
             f"  {count} left to transformers' own path: {reason}"
             for reason, count in self.stock.items()
         ]
+        if self.generations:
+            lines.append(
+                f"  {self.generations} generate calls with a cache of real tokens: "
+                f"{self.decoding_steps} decoding steps, {self.graph_replays} by a CUDA graph"
+            )
+        lines += [f"  {n} generate: {reason}" for reason, n in self.generation_notes.items()]
         return "\n".join(lines)
 
 
@@ -127,6 +141,10 @@ class PatchHandle:
             skipped_tokens=ledger.batch_tokens - ledger.computed_tokens,
             host_syncs=ledger.host_syncs,
             stock=dict(ledger.stock),
+            generations=ledger.generations,
+            decoding_steps=ledger.decoding_steps,
+            graph_replays=ledger.graph_replays,
+            generation_notes=dict(ledger.generation_notes),
         )
 
     def __enter__(self) -> PatchHandle:

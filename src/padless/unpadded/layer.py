@@ -15,7 +15,6 @@ from padless.dispatch import no_autocast, plan_call, run, validate_layouts
 from padless.environment import is_compiling
 from padless.hf.eras import Era
 from padless.kernels.rotary import apply_rotary
-from padless.layout import VarlenLayout
 from padless.unpadded.batch import ARGUMENT, FlatBatch, Served
 from padless.unpadded.projections import is_plain, project
 
@@ -70,8 +69,11 @@ def _attend(
     q, k = apply_rotary(q, k, cos, sin, inplace=is_plain(module.q_proj) and is_plain(module.k_proj))
     # Float32 norms promote q and k; values still have the dtype that the projection computed in.
     q, k = (x if x.dtype == v.dtype else x.to(v.dtype) for x in (q, k))
-    present = _keep(module, k, v, batch.layout, arguments, era)
     scale = float(getattr(module, "scaling", None) or module.head_dim**-0.5)
+    if batch.store is not None and batch.decoder is not None:
+        out = batch.decoder.attend(batch.store, module.layer_idx, q, k, v, scale)
+        return module.o_proj(out.reshape(1, total, -1)), None
+    present = _keep(module, k, v, batch, arguments, era)
     if is_compiling():
         out = varlen_attention(q, k, v, batch.layout, softmax_scale=scale, backend=batch.backend)
     else:
@@ -129,16 +131,22 @@ def _keep(
     module: Layer,
     k: Tensor,
     v: Tensor,
-    layout: VarlenLayout,
+    batch: FlatBatch,
     arguments: dict[str, Any],
     era: Era,
 ) -> Any:
     """Puts keys and values into the cache in the padded form in which transformers goes on.
 
+    Or into the store of a `generate` call, as they are.
+
     Returns:
         What the layer returns as its cache.
     """
+    if batch.store is not None:
+        batch.store.put_prompt(module.layer_idx, k, v)
+        return None
     past = arguments.get("past_key_values", arguments.get("past_key_value"))
+    layout = batch.layout
     if past is None and not arguments.get("use_cache"):
         return None
     if past is None and era.returned == 2:

@@ -36,6 +36,10 @@ class Ledger:
         self.batch_tokens = 0
         self.host_syncs = 0
         self.stock: Counter[str] = Counter()
+        self.generations = 0
+        self.decoding_steps = 0
+        self.graph_replays = 0
+        self.generation_notes: Counter[str] = Counter()
         self.layers: dict[str, Counter[str]] = {}
         self.traces: dict[str, tuple[Candidate, ...]] = {}
         self._lock = threading.Lock()
@@ -75,3 +79,18 @@ class Ledger:
         if is_first:
             level = logging.INFO if is_usual else logging.WARNING
             _logger.log(level, "%s takes transformers' own path, padding and all", reason)
+
+    def count_generation(self, *, steps: int, replays: int) -> None:
+        """Counts a `generate` call whose prompt and steps ran on real tokens only."""
+        with self._lock:
+            self.generations += 1
+            self.decoding_steps += steps
+            self.graph_replays += replays
+
+    def note_generation(self, reason: str) -> None:
+        """Counts why a `generate` call, or a part of it, did without; says so the first time."""
+        with self._lock:
+            self.generation_notes[reason] += 1
+            is_first = self.generation_notes[reason] == 1
+        if is_first:
+            _logger.info("generate: %s", reason)

@@ -15,6 +15,7 @@ from padless.hf.call import modeling_llama
 from padless.hf.changes import ABSENT, Change
 from padless.hf.eras import Era
 from padless.unpadded.door import causal_lm_forward, model_forward
+from padless.unpadded.generate import generate_with_session
 from padless.unpadded.instance import LEDGER, function_of
 from padless.unpadded.layer import layer_forward
 from padless.unpadded.ledger import Ledger
@@ -52,7 +53,21 @@ def plan_process(ledger: Ledger, era: Era) -> list[Change]:
 
     add(llama.LlamaModel, with_ledger(model_forward), functools.partial(through, era))
     add(llama.LlamaForCausalLM, with_ledger(causal_lm_forward))
+    changes.extend(_generate_changes(llama.LlamaForCausalLM, ledger_of, era))
     return changes + mask_changes(llama.LlamaModel, "LlamaModel", era)
+
+
+def _generate_changes(
+    cls: Any, ledger_of: Callable[[nn.Module], Ledger | None], era: Era
+) -> list[Change]:
+    stock = getattr(cls, "generate", None)
+    if stock is None:
+        return []
+    new = generate_with_session(
+        lambda module: MethodType(stock, module), ledger_of, stock=stock, era=era
+    )
+    old = vars(cls).get("generate", ABSENT)
+    return [Change(cls, "generate", old, new, f"{cls.__name__}.generate")]
 
 
 class Rebound:

@@ -1,0 +1,83 @@
+"""Which backend attends from one token a row to the row's own keys, and the reason if none does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+from padless.backends.request import AttentionRequest
+from padless.dispatch import no_autocast
+from padless.errors import BackendUnavailableError
+from padless.generation.store import RaggedStore
+from padless.qualification.decoding import decoding_fault
+from padless.selection import BACKENDS, adapter
+
+# Fastest first. FlashAttention-4 compiles for seconds and gains little where one query waits for
+# the keys to be read.
+DECODERS = ("torch_varlen", "fa4", "sdpa")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A backend that decodes a kind of request.
+
+    Attributes:
+        name: of the backend.
+        backend: its adapter.
+        with_mask: whether it reads a mask.
+    """
+
+    name: str
+    backend: ModuleType
+    with_mask: bool
+
+    def attend(
+        self, store: RaggedStore, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Tensor:
+        """Keeps the step's keys and values of a layer, and attends to all that a row has.
+
+        Args:
+            store: of the `generate` call.
+            layer_idx: of the layer.
+            q: `(batch, num_heads, head_dim)`.
+            k: `(batch, num_kv_heads, head_dim)`.
+            v: like k.
+            scale: factor of the scores.
+
+        Returns:
+            `(batch, num_heads, head_dim)`.
+        """
+        k_buffer, v_buffer = store.put_newest(layer_idx, k, v)
+        with no_autocast(q):
+            out: Tensor = self.backend.decode(
+                q, k_buffer, v_buffer, store.rows, softmax_scale=scale
+            )
+        return out
+
+
+def choose_decoder(request: AttentionRequest, backend: str) -> Decoder:
+    """Chooses the first backend that takes a request and decodes it right on this device.
+
+    Args:
+        request: of q and the buffers; without gradients.
+        backend: "auto", or the name of the only one to ask.
+
+    Raises:
+        BackendUnavailableError: none does, with the reasons.
+    """
+    reasons = []
+    for name in DECODERS if backend == "auto" else (backend,):
+        if name not in DECODERS:
+            reasons.append(
+                f"{name} does not decode, of {', '.join(BACKENDS)} only these do: "
+                f"{', '.join(DECODERS)}"
+            )
+            continue
+        module = adapter(name)
+        reason = module.reject_decode(request) or decoding_fault(module, request)
+        if reason is None:
+            return Decoder(name, module, name == "sdpa" and request.device_type != "cpu")
+        reasons.append(f"{name}: {reason}")
+    raise BackendUnavailableError("; ".join(reasons))

@@ -1,0 +1,105 @@
+"""`generate` of a patched model: transformers' own, with a session around it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from padless.hf.eras import Era
+from padless.unpadded.ledger import Ledger
+from padless.unpadded.session import Session
+
+Generate = Callable[..., Any]
+
+# What makes another algorithm of it than one token a row and step: arguments of generate or fields
+# of its config, by the reason.
+_OTHER_ALGORITHMS = {
+    "assistant_model": "assisted decoding",
+    "prompt_lookup_num_tokens": "prompt lookup decoding",
+    "assistant_early_exit": "assisted decoding",
+    "penalty_alpha": "contrastive search",
+    "dola_layers": "DoLa decoding",
+    "custom_generate": "a custom generate",
+    "prefill_chunk_size": "a prompt in chunks",
+    "output_attentions": "output_attentions",
+    "output_hidden_states": "output_hidden_states",
+    "is_assistant": "a model that assists another",
+}
+
+
+def generate_with_session(
+    inner_of: Callable[[nn.Module], Generate],
+    ledger_of: Callable[[nn.Module], Ledger | None],
+    stock: Generate,
+    era: Era,
+) -> Generate:
+    """Makes the method that takes the place of a language model's `generate`.
+
+    Args:
+        inner_of: finds the bound method that stood there.
+        ledger_of: finds where to count; None if the patch was undone.
+        stock: the function whose signature it shows.
+        era: of the installed transformers.
+    """
+
+    @functools.wraps(stock)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = inner_of(self)
+        # Older layers return more, and their caches are tuples in part: as it was there.
+        if ledger_of(self) is None or era.returned != 2:
+            return inner(*args, **kwargs)
+        asked = _asked(stock, args, kwargs)
+        session = Session(self, era, _most_tokens(self, asked), _refusal(self, asked))
+        result = None
+        with session.in_force():
+            try:
+                result = inner(*args, **kwargs)
+            finally:
+                session.finish(result)
+        return result
+
+    return generate
+
+
+@functools.lru_cache(maxsize=16)
+def _positional(stock: Generate) -> tuple[str, ...]:
+    parameters = list(inspect.signature(stock).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _asked(stock: Generate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(_positional(stock), args, strict=False)), **kwargs}
+
+
+def _value(model: Any, asked: dict[str, Any], name: str) -> Any:
+    """Reads an option from the call, from the config it was given, or from the model's."""
+    given = asked.get("generation_config")
+    for source in (asked, vars(given) if given is not None else {}):
+        if source.get(name) is not None:
+            return source[name]
+    return getattr(getattr(model, "generation_config", None), name, None)
+
+
+def _refusal(model: Any, asked: dict[str, Any]) -> str | None:
+    """Says why a call is left to transformers as a whole, as far as its options tell."""
+    for name, reason in _OTHER_ALGORITHMS.items():
+        if _value(model, asked, name):
+            return reason
+    if asked.get("past_key_values") is not None:
+        return "a cache of the caller's"
+    return None
+
+
+def _most_tokens(model: Any, asked: dict[str, Any]) -> int | None:
+    """Reads how many tokens a row may come to have; a hint for the size of buffers."""
+    new, inputs = _value(model, asked, "max_new_tokens"), None
+    for name in ("inputs", "input_ids", "inputs_embeds"):
+        inputs = asked.get(name) if inputs is None else inputs
+    if new is not None and inputs is not None:
+        return int(inputs.shape[1]) + int(new)
+    longest = _value(model, asked, "max_length")
+    return None if longest is None else int(longest)

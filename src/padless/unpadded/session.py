@@ -1,0 +1,311 @@
+"""What is in force during one `generate` call: its store, its step, its graph.
+
+Inside `generate` it is known what plain calls behind a cache do not tell: that the mask of a step
+is the prompt's with ones behind it. Outside of it nothing here is ever asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from padless.backends.request import AttentionRequest
+from padless.errors import BackendUnavailableError
+from padless.generation.cache import attach_store, discard, settle, store_of
+from padless.generation.decoder import Decoder, choose_decoder
+from padless.generation.graph import StepGraph, run_on_side_stream, uncapturable_reason
+from padless.generation.store import RaggedStore
+from padless.hf.eras import Era
+from padless.layout import VarlenLayout
+from padless.unpadded.batch import FlatBatch
+from padless.unpadded.call import flatten_prompt
+from padless.unpadded.ledger import Ledger
+
+# Steps that run eagerly in front of a capture: kernels compile and libraries set up meanwhile.
+_WARM_UP = 2
+
+# What a step may be given beside its tokens; a False or None says nothing.
+_KNOWN = frozenset({
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position",
+    "use_cache", "logits_to_keep", "num_logits_to_keep", "return_dict",
+})  # fmt: skip
+
+_current: ContextVar[Session | None] = ContextVar("padless_generate", default=None)
+
+
+def current_session(head: Any) -> Session | None:
+    """Finds the `generate` call of a language model that this thread is in; None if in none."""
+    session = _current.get()
+    return session if session is not None and session.head is head else None
+
+
+class Session:
+    """One `generate` call of a patched model.
+
+    Args:
+        head: the `LlamaForCausalLM`.
+        era: of the installed transformers.
+        most: tokens that a row may come to have at most; None if not known.
+        refusal: why the call is to be left to transformers from the start; None if it is not.
+    """
+
+    def __init__(self, head: Any, era: Era, most: int | None, refusal: str | None) -> None:
+        self.head = head
+        self.cache: Any = None
+        self.steps = 0
+        self.replays = 0
+        self._era = era
+        self._most = most
+        self._refusal = refusal
+        self._ledger: Ledger | None = None
+        self._is_open = True
+        self._has_mask = False
+        self._batch: FlatBatch | None = None
+        self._graph: StepGraph | None = None
+        self._eager: str | None = None
+        self._warm = 0
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Makes this the session of the thread; lets go of everything it holds at the end."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+            self._drop_graph()
+            self._batch = None
+
+    def finish(self, result: Any) -> None:
+        """Hands the cache back in transformers' own form, if it is part of the result.
+
+        Args:
+            result: of `generate`; None if it has raised.
+        """
+        if self.cache is not None:
+            if getattr(result, "past_key_values", None) is self.cache:
+                settle(self.cache)
+            else:
+                discard(self.cache)
+        if self._ledger is not None and self.cache is not None:
+            self._ledger.count_generation(steps=self.steps, replays=self.replays)
+
+    def serve(self, arguments: dict[str, Any], ledger: Ledger) -> Any:
+        """Serves a forward of the language model, if it is this call's prompt or next step.
+
+        Args:
+            arguments: of the forward, by name; left as they are.
+            ledger: where to count.
+
+        Returns:
+            Its output; None if the forward is to go on as it would without a session.
+        """
+        if not self._is_open:
+            return None
+        if self.cache is None:
+            self._ledger = ledger
+            outputs, reason = self._prompt(arguments, ledger)
+        elif arguments.get("past_key_values") is not self.cache:
+            # Of somebody inside generate, with a cache of its own or none.
+            return None
+        else:
+            outputs, reason = self._step(arguments)
+        if reason is not None:
+            self._close(reason)
+        return outputs
+
+    def _close(self, reason: str) -> None:
+        """Leaves what is to come to transformers."""
+        self._is_open = False
+        if self._ledger is not None:
+            self._ledger.note_generation(reason)
+        self._drop_graph()
+        self._batch = None
+        if self.cache is not None:
+            settle(self.cache)
+
+    # The prompt
+
+    def _prompt(self, arguments: dict[str, Any], ledger: Ledger) -> tuple[Any, str | None]:
+        reason = self._refusal or _prompt_reason(self.head, arguments)
+        if reason is not None:
+            return None, reason
+        flat = {k: v for k, v in arguments.items() if k not in ("past_key_values", "use_cache")}
+        batch = flatten_prompt(self.head.model, flat, ledger.backend, self._era)
+        if batch is None:
+            return None, "a prompt that cannot be flattened to one sequence a row"
+        layers = self.head.model.layers
+        batch.store = RaggedStore(batch.layout, len(layers), self._most)
+        hidden = self._hidden(batch, flat)[0]
+        logits = self.head.lm_head(hidden[(batch.layout.cu_seqlens[1:] - 1).long()])
+        ledger.count(batch)
+        try:
+            decoder = _decoder(layers[0].self_attn, batch.store, ledger.backend)
+        except BackendUnavailableError as error:
+            self._attach(arguments, batch.store)
+            outputs = self._outputs(logits.unsqueeze(1))
+            return outputs, f"no backend decodes: {error}"
+        self._attach(arguments, batch.store)
+        self._batch = _step_batch(batch.store, decoder)
+        self._eager = uncapturable_reason(self.head) if logits.is_cuda else "no CUDA"
+        if logits.is_cuda and self._eager is not None:
+            ledger.note_generation(f"steps without a CUDA graph: {self._eager}")
+        return self._outputs(logits.unsqueeze(1)), None
+
+    def _attach(self, arguments: dict[str, Any], store: RaggedStore) -> None:
+        self.cache = arguments["past_key_values"]
+        self._has_mask = arguments.get("attention_mask") is not None
+        attach_store(self.cache, store)
+
+    def _hidden(self, batch: FlatBatch, arguments: dict[str, Any]) -> Tensor:
+        """Runs the model's body on a flat batch; `(1, total, hidden_size)`."""
+        given = {
+            name: arguments[name]
+            for name in ("input_ids", "inputs_embeds", "position_ids")
+            if arguments.get(name) is not None
+        }
+        outputs = self.head.model(**given, attention_mask=batch, use_cache=False, return_dict=True)
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden
+
+    def _outputs(self, logits: Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
+
+    # A step
+
+    def _step(self, arguments: dict[str, Any]) -> tuple[Any, str | None]:
+        store = store_of(self.cache)
+        if store is None:
+            return None, "the cache was looked into"
+        reason = _step_reason(arguments, store, has_mask=self._has_mask)
+        if reason is not None:
+            return None, reason
+        batch = self._batch
+        assert batch is not None
+        if batch.layout.batch != store.batch:
+            assert batch.decoder is not None
+            batch = self._batch = _step_batch(store, batch.decoder)
+            self._drop_graph()
+        if store.make_room():
+            self._drop_graph()
+        ids = arguments["input_ids"].view(1, -1)
+        positions = arguments.get("position_ids")
+        if positions is None:
+            positions = torch.full_like(ids, store.columns)
+        else:
+            positions = positions.expand(store.batch, 1).reshape(1, -1)
+        logits = self._run(ids, positions)
+        store.count_step()
+        self.steps += 1
+        return self._outputs(logits.transpose(0, 1)), None
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Computes a step's logits, `(1, batch, vocab_size)`; by the graph where there is one."""
+        if self._eager is not None:
+            return self._compute(ids, positions)
+        with torch.cuda.device(ids.device):
+            if self._warm < _WARM_UP:
+                self._warm += 1
+                return run_on_side_stream(self._compute, ids, positions)
+            if self._graph is None:
+                try:
+                    self._graph = StepGraph(self._compute, ids, positions)
+                except Exception as error:
+                    # Whatever inside the model does not suit a capture; nothing has run.
+                    lines = str(error).strip().splitlines() or [""]
+                    self._eager = f"{type(error).__name__}: {lines[0]}"
+                    assert self._ledger is not None
+                    self._ledger.note_generation(f"steps without a CUDA graph: {self._eager}")
+                    return self._compute(ids, positions)
+            self.replays += 1
+            return self._graph.replay(ids, positions)
+
+    def _compute(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The step itself: what it needs of the host is known before it begins."""
+        batch = self._batch
+        assert batch is not None and batch.store is not None and batch.decoder is not None
+        batch.store.begin_step(with_mask=batch.decoder.with_mask)
+        hidden = self._hidden(batch, {"input_ids": ids, "position_ids": positions})
+        logits: Tensor = self.head.lm_head(hidden)
+        return logits
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.release()
+            self._graph = None
+
+
+def _step_batch(store: RaggedStore, decoder: Decoder) -> FlatBatch:
+    lengths = store.rows.lengths
+    layout = VarlenLayout.from_rows(store.batch, 1, device=lengths.device)
+    return FlatBatch(layout, lengths.view(1, -1), store=store, decoder=decoder)
+
+
+def _decoder(attention: Any, store: RaggedStore, backend: str) -> Decoder:
+    buffers = store.layers[0]
+    assert buffers is not None
+    k = buffers[0]
+    num_heads = k.shape[2] * attention.num_key_value_groups
+    request = AttentionRequest(k.device, k.dtype, k.shape[-1], num_heads, k.shape[2], causal=False)
+    return choose_decoder(request, backend)
+
+
+def _prompt_reason(head: Any, arguments: dict[str, Any]) -> str | None:
+    """Says why a call's prompt is not one to decode behind; None if it is."""
+    cache = arguments.get("past_key_values")
+    if cache is None:
+        return "without a cache"
+    name = type(cache).__name__
+    if name != "DynamicCache" or getattr(cache, "offloading", False):
+        return f"a cache of another kind, {name}"
+    if int(cache.get_seq_length()) or getattr(cache, "_is_user_defined", False):
+        return "a cache that was there before"
+    if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
+        return "a cache with a window"
+    for name, value in arguments.items():
+        is_new = name not in _KNOWN and name != "inputs_embeds"
+        if is_new and value is not None and value is not False:
+            return f"the argument {name}"
+    source = arguments.get("input_ids")
+    source = arguments.get("inputs_embeds") if source is None else source
+    if not isinstance(source, Tensor) or source.dim() < 2 or source.shape[1] == 0:
+        return "no prompt"
+    devices = {parameter.device for parameter in head.parameters()}
+    if devices != {source.device} or source.device.type == "meta":
+        return "a model or prompt on several devices"
+    body = head.model
+    if head.training and any(getattr(m, "gradient_checkpointing", False) for m in body.modules()):
+        return "checkpointing in training mode"
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != source.shape[:2]:
+        return None if mask is None else "a mask that is not (batch, seqlen)"
+    # The one wait for the device here. The first token is that of the last slot.
+    if not bool((mask[:, -1] != 0).all()):
+        return "padding on the right of a prompt"
+    return None
+
+
+def _step_reason(arguments: dict[str, Any], store: RaggedStore, *, has_mask: bool) -> str | None:
+    """Says why a forward behind the cache is not its next step; None if it is."""
+    ids = arguments.get("input_ids")
+    if ids is None or ids.shape != (store.batch, 1):
+        return "not one token a row behind the cache"
+    mask = arguments.get("attention_mask")
+    if (mask is not None) != has_mask:
+        return "a mask that comes or goes between steps"
+    if mask is not None and mask.shape != (store.batch, store.columns + 1):
+        return "a mask that is not the prompt's with ones behind it"
+    positions = arguments.get("position_ids")
+    if positions is not None and positions.shape not in ((store.batch, 1), (1, 1)):
+        return "position_ids that are not (batch, 1)"
+    for name, value in arguments.items():
+        if name not in _KNOWN and value is not None and value is not False:
+            return f"the argument {name}"
+    return None
