@@ -27,8 +27,9 @@ def attach_store(cache: Any, store: RaggedStore) -> None:
         cache: of transformers, without a token.
         store: filled with the prompt.
     """
+    plain: Any = type(cache)
     cache.__dict__[_STORE] = store
-    cache.__class__ = _ragged(type(cache))
+    cache.__class__ = _ragged(plain)
 
 
 def store_of(cache: Any) -> RaggedStore | None:

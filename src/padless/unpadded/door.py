@@ -16,7 +16,7 @@ from padless.unpadded.call import PACKING, PER_TOKEN, flatten_call, leave_to_sto
 from padless.unpadded.ledger import Ledger
 from padless.unpadded.outputs import pad_outputs
 from padless.unpadded.seams import batch_arguments
-from padless.unpadded.session import current_session
+from padless.unpadded.session import RIGHT_PADDING, current_session
 
 Forward = Callable[..., Any]
 
@@ -85,9 +85,13 @@ def causal_lm_forward(
             return inner_of(self)(*args, **kwargs)
         arguments = _named(stock, args, kwargs)
         session = current_session(self)
-        served = None if session is None else session.serve(arguments, ledger)
-        if served is not None:
-            return served
+        if session is not None:
+            served = session.serve(arguments, ledger)
+            if served is not None:
+                return served
+            if session.takes_stock_prompt():
+                leave_to_stock(RIGHT_PADDING, arguments, ledger)
+                return inner_of(self)(**_pass_on(arguments, is_stock=True))
         if isinstance(arguments.get("attention_mask"), (FlatBatch, Passed)):
             # From a patch of this model around the one of the whole process.
             return inner_of(self)(**arguments)

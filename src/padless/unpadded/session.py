@@ -29,6 +29,9 @@ from padless.unpadded.ledger import Ledger
 # Steps that run eagerly in front of a capture: kernels compile and libraries set up meanwhile.
 _WARM_UP = 2
 
+# Then generate chooses by what the model computes at padding.
+RIGHT_PADDING = "a prompt padded on the right"
+
 # What a step may be given beside its tokens; a False or None says nothing.
 _KNOWN = frozenset({
     "input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position",
@@ -64,6 +67,7 @@ class Session:
         self._refusal = refusal
         self._ledger: Ledger | None = None
         self._is_open = True
+        self._is_stock_prompt = False
         self._has_mask = False
         self._batch: FlatBatch | None = None
         self._graph: StepGraph | None = None
@@ -119,6 +123,11 @@ class Session:
             self._close(reason)
         return outputs
 
+    def takes_stock_prompt(self) -> bool:
+        """Whether the forward that was not served has to compute its padding; asked once."""
+        taken, self._is_stock_prompt = self._is_stock_prompt, False
+        return taken
+
     def _close(self, reason: str) -> None:
         """Leaves what is to come to transformers."""
         self._is_open = False
@@ -134,6 +143,7 @@ class Session:
     def _prompt(self, arguments: dict[str, Any], ledger: Ledger) -> tuple[Any, str | None]:
         reason = self._refusal or _prompt_reason(self.head, arguments)
         if reason is not None:
+            self._is_stock_prompt = reason == RIGHT_PADDING
             return None, reason
         flat = {k: v for k, v in arguments.items() if k not in ("past_key_values", "use_cache")}
         batch = flatten_prompt(self.head.model, flat, ledger.backend, self._era)
@@ -158,7 +168,11 @@ class Session:
         return self._outputs(logits.unsqueeze(1)), None
 
     def _attach(self, arguments: dict[str, Any], store: RaggedStore) -> None:
-        self.cache = arguments["past_key_values"]
+        self.cache = arguments.get("past_key_values")
+        if self.cache is None:
+            from transformers import DynamicCache
+
+            self.cache = DynamicCache()
         self._has_mask = arguments.get("attention_mask") is not None
         attach_store(self.cache, store)
 
@@ -260,8 +274,15 @@ def _decoder(attention: Any, store: RaggedStore, backend: str) -> Decoder:
 def _prompt_reason(head: Any, arguments: dict[str, Any]) -> str | None:
     """Says why a call's prompt is not one to decode behind; None if it is."""
     cache = arguments.get("past_key_values")
-    if cache is None:
+    if cache is None and not arguments.get("use_cache"):
         return "without a cache"
+    return _cache_reason(cache) or _input_reason(head, arguments)
+
+
+def _cache_reason(cache: Any) -> str | None:
+    if cache is None:
+        # Of 5.0, where the model makes it.
+        return None
     name = type(cache).__name__
     if name != "DynamicCache" or getattr(cache, "offloading", False):
         return f"a cache of another kind, {name}"
@@ -269,6 +290,10 @@ def _prompt_reason(head: Any, arguments: dict[str, Any]) -> str | None:
         return "a cache that was there before"
     if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
         return "a cache with a window"
+    return None
+
+
+def _input_reason(head: Any, arguments: dict[str, Any]) -> str | None:
     for name, value in arguments.items():
         is_new = name not in _KNOWN and name != "inputs_embeds"
         if is_new and value is not None and value is not False:
@@ -288,7 +313,7 @@ def _prompt_reason(head: Any, arguments: dict[str, Any]) -> str | None:
         return None if mask is None else "a mask that is not (batch, seqlen)"
     # The one wait for the device here. The first token is that of the last slot.
     if not bool((mask[:, -1] != 0).all()):
-        return "padding on the right of a prompt"
+        return RIGHT_PADDING
     return None
 
 
