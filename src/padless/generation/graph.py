@@ -6,6 +6,8 @@ times as long as the device to run them. A replay is one launch.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 
 import torch
@@ -22,21 +24,37 @@ class StepGraph:
     Args:
         step: takes ids and positions, int64 `(1, batch)` each, and returns logits; everything else
             that it reads or writes has to stay where it is for as long as the graph is used.
-        ids: of the token to come, for their shape and device.
+        ids: of the token to come, for their shape and device, which is the current one.
         positions: like ids.
 
+    Raises:
+        Exception: whatever the step, or CUDA, raises about what cannot be captured. Nothing has
+            run then, and the current stream is the one from before.
+
     Note:
-        Capturing runs nothing. The step has to have run before on this device, so that kernels are
-        compiled and libraries have their workspaces. The graph holds the memory of one step.
+        Capturing runs nothing. The step has to have run before by `run_on_side_stream`, so that
+        kernels are compiled and libraries have their workspaces. The graph holds the memory of one
+        step.
     """
 
     def __init__(self, step: Step, ids: Tensor, positions: Tensor) -> None:
         self._ids = ids.clone()
         self._positions = positions.clone()
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may allocate meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = step(self._ids, self._positions)
+        # Not torch.cuda.graph, which leaves its stream the current one where a capture fails, and
+        # empties the allocator's cache in front of each.
+        with _capturing, torch.cuda.stream(_side_stream(ids.device)):
+            torch.cuda.synchronize()
+            # Other threads of the process may allocate meanwhile.
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._logits = step(self._ids, self._positions)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    # Which says the same again.
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
 
     def replay(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Runs the step for other tokens.
@@ -48,27 +66,41 @@ class StepGraph:
         Returns:
             The logits, in memory of the caller's own.
         """
-        self._ids.copy_(ids, non_blocking=True)
-        self._positions.copy_(positions, non_blocking=True)
+        self._ids.copy_(ids)
+        self._positions.copy_(positions)
         self._graph.replay()
         # The next replay writes over them, and a caller may keep what it got.
         return self._logits.clone()
 
     def release(self) -> None:
-        """Gives the graph's memory back."""
-        self._graph.reset()
+        """Gives the graph's memory back, once the device is done with it."""
         del self._logits
+        self._graph.reset()
+
+
+# Torch captures one graph at a time in a process.
+_capturing = threading.Lock()
+_of_thread = threading.local()
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Gives this thread's stream for captures: libraries keep a workspace for each stream."""
+    streams: dict[torch.device, torch.cuda.Stream]
+    streams = _of_thread.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 def run_on_side_stream(step: Step, ids: Tensor, positions: Tensor) -> Tensor:
-    """Runs a step as a capture would, on a stream of its own: what torch asks for in front of one.
+    """Runs a step on the stream on which it is to be captured: what torch asks for before that.
 
     Args:
         step: as for `StepGraph`.
         ids: int64 `(1, batch)`.
         positions: like ids.
     """
-    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    side, main = _side_stream(ids.device), torch.cuda.current_stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):
         logits = step(ids, positions)
@@ -91,7 +123,8 @@ def uncapturable_reason(model: torch.nn.Module) -> str | None:
             continue
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
             return "hooks on modules inside the model, which a graph would not run"
-        if getattr(module, "_compiled_call_impl", None) is not None:
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or type(module).__name__ == "OptimizedModule":
             return "compiled modules inside the model"
     for parameter in model.parameters():
         if type(parameter) is not torch.nn.Parameter:

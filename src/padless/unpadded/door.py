@@ -15,8 +15,9 @@ from padless.unpadded.batch import ARGUMENT, FlatBatch, Passed
 from padless.unpadded.call import PACKING, PER_TOKEN, flatten_call, leave_to_stock
 from padless.unpadded.ledger import Ledger
 from padless.unpadded.outputs import pad_outputs
+from padless.unpadded.prompts import RIGHT_PADDING
 from padless.unpadded.seams import batch_arguments
-from padless.unpadded.session import RIGHT_PADDING, current_session
+from padless.unpadded.session import current_session
 
 Forward = Callable[..., Any]
 

@@ -25,18 +25,10 @@ from padless.layout import VarlenLayout
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.call import flatten_prompt
 from padless.unpadded.ledger import Ledger
+from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, step_reason
 
 # Steps that run eagerly in front of a capture: kernels compile and libraries set up meanwhile.
 _WARM_UP = 2
-
-# Then generate chooses by what the model computes at padding.
-RIGHT_PADDING = "a prompt padded on the right"
-
-# What a step may be given beside its tokens; a False or None says nothing.
-_KNOWN = frozenset({
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position",
-    "use_cache", "logits_to_keep", "num_logits_to_keep", "return_dict",
-})  # fmt: skip
 
 _current: ContextVar[Session | None] = ContextVar("padless_generate", default=None)
 
@@ -141,7 +133,7 @@ class Session:
     # The prompt
 
     def _prompt(self, arguments: dict[str, Any], ledger: Ledger) -> tuple[Any, str | None]:
-        reason = self._refusal or _prompt_reason(self.head, arguments)
+        reason = self._refusal or prompt_reason(self.head, arguments)
         if reason is not None:
             self._is_stock_prompt = reason == RIGHT_PADDING
             return None, reason
@@ -198,7 +190,7 @@ class Session:
         store = store_of(self.cache)
         if store is None:
             return None, "the cache was looked into"
-        reason = _step_reason(arguments, store, has_mask=self._has_mask)
+        reason = step_reason(arguments, store, has_mask=self._has_mask)
         if reason is not None:
             return None, reason
         batch = self._batch
@@ -269,68 +261,3 @@ def _decoder(attention: Any, store: RaggedStore, backend: str) -> Decoder:
     num_heads = k.shape[2] * attention.num_key_value_groups
     request = AttentionRequest(k.device, k.dtype, k.shape[-1], num_heads, k.shape[2], causal=False)
     return choose_decoder(request, backend)
-
-
-def _prompt_reason(head: Any, arguments: dict[str, Any]) -> str | None:
-    """Says why a call's prompt is not one to decode behind; None if it is."""
-    cache = arguments.get("past_key_values")
-    if cache is None and not arguments.get("use_cache"):
-        return "without a cache"
-    return _cache_reason(cache) or _input_reason(head, arguments)
-
-
-def _cache_reason(cache: Any) -> str | None:
-    if cache is None:
-        # Of 5.0, where the model makes it.
-        return None
-    name = type(cache).__name__
-    if name != "DynamicCache" or getattr(cache, "offloading", False):
-        return f"a cache of another kind, {name}"
-    if int(cache.get_seq_length()) or getattr(cache, "_is_user_defined", False):
-        return "a cache that was there before"
-    if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
-        return "a cache with a window"
-    return None
-
-
-def _input_reason(head: Any, arguments: dict[str, Any]) -> str | None:
-    for name, value in arguments.items():
-        is_new = name not in _KNOWN and name != "inputs_embeds"
-        if is_new and value is not None and value is not False:
-            return f"the argument {name}"
-    source = arguments.get("input_ids")
-    source = arguments.get("inputs_embeds") if source is None else source
-    if not isinstance(source, Tensor) or source.dim() < 2 or source.shape[1] == 0:
-        return "no prompt"
-    devices = {parameter.device for parameter in head.parameters()}
-    if devices != {source.device} or source.device.type == "meta":
-        return "a model or prompt on several devices"
-    body = head.model
-    if head.training and any(getattr(m, "gradient_checkpointing", False) for m in body.modules()):
-        return "checkpointing in training mode"
-    mask = arguments.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape != source.shape[:2]:
-        return None if mask is None else "a mask that is not (batch, seqlen)"
-    # The one wait for the device here. The first token is that of the last slot.
-    if not bool((mask[:, -1] != 0).all()):
-        return RIGHT_PADDING
-    return None
-
-
-def _step_reason(arguments: dict[str, Any], store: RaggedStore, *, has_mask: bool) -> str | None:
-    """Says why a forward behind the cache is not its next step; None if it is."""
-    ids = arguments.get("input_ids")
-    if ids is None or ids.shape != (store.batch, 1):
-        return "not one token a row behind the cache"
-    mask = arguments.get("attention_mask")
-    if (mask is not None) != has_mask:
-        return "a mask that comes or goes between steps"
-    if mask is not None and mask.shape != (store.batch, store.columns + 1):
-        return "a mask that is not the prompt's with ones behind it"
-    positions = arguments.get("position_ids")
-    if positions is not None and positions.shape not in ((store.batch, 1), (1, 1)):
-        return "position_ids that are not (batch, 1)"
-    for name, value in arguments.items():
-        if name not in _KNOWN and value is not None and value is not False:
-            return f"the argument {name}"
-    return None
