@@ -24,7 +24,7 @@ class StepGraph:
     Args:
         step: takes ids and positions, int64 `(1, batch)` each, and returns logits; everything else
             that it reads or writes has to stay where it is for as long as the graph is used.
-        ids: of the token to come, for their shape and device, which is the current one.
+        ids: of the token to come, for their shape and device.
         positions: like ids.
 
     Raises:
@@ -43,7 +43,9 @@ class StepGraph:
         self._graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph, which leaves its stream the current one where a capture fails, and
         # empties the allocator's cache in front of each.
-        with _capturing, torch.cuda.stream(_side_stream(ids.device)):
+        self._device = ids.device
+        side = _side_stream(ids.device)
+        with _capturing, torch.cuda.device(ids.device), torch.cuda.stream(side):
             torch.cuda.synchronize()
             # Other threads of the process may allocate meanwhile.
             self._graph.capture_begin(capture_error_mode="thread_local")
@@ -68,7 +70,8 @@ class StepGraph:
         """
         self._ids.copy_(ids)
         self._positions.copy_(positions)
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         # The next replay writes over them, and a caller may keep what it got.
         return self._logits.clone()
 
@@ -100,7 +103,7 @@ def run_on_side_stream(step: Step, ids: Tensor, positions: Tensor) -> Tensor:
         ids: int64 `(1, batch)`.
         positions: like ids.
     """
-    side, main = _side_stream(ids.device), torch.cuda.current_stream()
+    side, main = _side_stream(ids.device), torch.cuda.current_stream(ids.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         logits = step(ids, positions)
@@ -115,7 +118,10 @@ def uncapturable_reason(model: torch.nn.Module) -> str | None:
     Args:
         model: the language modelling head, whose own hooks run outside of the step.
     """
-    if autocasts(next(model.parameters())):
+    weight = next(model.parameters())
+    if not weight.is_cuda:
+        return "no CUDA"
+    if autocasts(weight):
         # What autocast keeps of weights in half precision would be memory of the graph.
         return "autocast"
     for module in model.modules():

@@ -154,7 +154,7 @@ class Session:
             return outputs, f"no backend decodes: {error}"
         self._attach(arguments, batch.store)
         self._batch = _step_batch(batch.store, decoder)
-        self._eager = uncapturable_reason(self.head) if logits.is_cuda else "no CUDA"
+        self._eager = uncapturable_reason(self.head)
         if logits.is_cuda and self._eager is not None:
             ledger.note_generation(f"steps without a CUDA graph: {self._eager}")
         return self._outputs(logits.unsqueeze(1)), None
@@ -216,22 +216,21 @@ class Session:
         """Computes a step's logits, `(1, batch, vocab_size)`; by the graph where there is one."""
         if self._eager is not None:
             return self._compute(ids, positions)
-        with torch.cuda.device(ids.device):
-            if self._warm < _WARM_UP:
-                self._warm += 1
-                return run_on_side_stream(self._compute, ids, positions)
-            if self._graph is None:
-                try:
-                    self._graph = StepGraph(self._compute, ids, positions)
-                except Exception as error:
-                    # Whatever inside the model does not suit a capture; nothing has run.
-                    lines = str(error).strip().splitlines() or [""]
-                    self._eager = f"{type(error).__name__}: {lines[0]}"
-                    assert self._ledger is not None
-                    self._ledger.note_generation(f"steps without a CUDA graph: {self._eager}")
-                    return self._compute(ids, positions)
-            self.replays += 1
-            return self._graph.replay(ids, positions)
+        if self._warm < _WARM_UP:
+            self._warm += 1
+            return run_on_side_stream(self._compute, ids, positions)
+        if self._graph is None:
+            try:
+                self._graph = StepGraph(self._compute, ids, positions)
+            except Exception as error:
+                # Whatever inside the model does not suit a capture; nothing has run.
+                lines = str(error).strip().splitlines() or [""]
+                self._eager = f"{type(error).__name__}: {lines[0]}"
+                assert self._ledger is not None
+                self._ledger.note_generation(f"steps without a CUDA graph: {self._eager}")
+                return self._compute(ids, positions)
+        self.replays += 1
+        return self._graph.replay(ids, positions)
 
     def _compute(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The step itself: what it needs of the host is known before it begins."""

@@ -1,0 +1,194 @@
+"""When a session captures a step, replays it and lets go of it; graphs are stand-ins here.
+
+What a real graph computes is tested on a CUDA device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+
+import padless
+from padless.generation import store as stores
+from padless.generation.graph import uncapturable_reason
+from padless.unpadded import session
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class StandIn:
+    """Runs the step at every replay, on tensors that it checks to be those of the capture."""
+
+    captured: list[StandIn]
+    error: Exception | None
+
+    def __init__(self, step: Step, ids: Tensor, positions: Tensor) -> None:
+        if self.error is not None:
+            raise self.error
+        self.step = step
+        batch = step.__self__._batch  # type: ignore[attr-defined]
+        self.read = self._addresses(batch.store)
+        self.store = batch.store
+        self.shape = ids.shape
+        self.replays = 0
+        self.is_released = False
+        self.captured.append(self)
+
+    @staticmethod
+    def _addresses(store: stores.RaggedStore) -> list[int]:
+        tensors = [store.rows.lengths, store.rows.cu_seqlens_k, store._newest]
+        tensors += [buffer for buffers in store.layers if buffers for buffer in buffers]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def replay(self, ids: Tensor, positions: Tensor) -> Tensor:
+        assert not self.is_released
+        assert ids.shape == positions.shape == self.shape
+        assert self._addresses(self.store) == self.read, "a graph would read old memory"
+        self.replays += 1
+        return self.step(ids, positions)
+
+    def release(self) -> None:
+        assert not self.is_released
+        self.is_released = True
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
+    StandIn.captured, StandIn.error = [], None
+    monkeypatch.setattr(session, "StepGraph", StandIn)
+    monkeypatch.setattr(session, "run_on_side_stream", lambda step, *given: step(*given))
+    monkeypatch.setattr(session, "uncapturable_reason", lambda head: None)
+    return StandIn
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def _generate(model: LlamaForCausalLM, *, new: int | None = 10, **options: Any) -> Tensor:
+    ids = torch.arange(3, 18).view(3, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
+    options = {"do_sample": False, "max_new_tokens": new, **options}
+    return model.generate(input_ids=ids, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_one_capture_serves_a_call(
+    model: LlamaForCausalLM, graphs: type[StandIn], options: dict[str, Any]
+) -> None:
+    want = _generate(model, **options)
+    with padless.patch(model) as handle:
+        got = _generate(model, **options)
+        report = handle.report()
+    (graph,) = graphs.captured
+    assert (report.decoding_steps, report.graph_replays, graph.replays) == (9, 7, 7)
+    assert "9 decoding steps, 7 by a CUDA graph" in str(report)
+    assert graph.is_released
+    assert torch.equal(got, want)
+
+
+def test_a_call_too_short_captures_nothing(model: LlamaForCausalLM, graphs: type[StandIn]) -> None:
+    with padless.patch(model) as handle:
+        _generate(model, new=3)
+        assert handle.report().decoding_steps == 2
+    assert graphs.captured == []
+
+
+def test_each_capacity_has_its_capture(
+    model: LlamaForCausalLM, graphs: type[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "_STEP", 4)
+    want = _generate(model, new=30)
+
+    def stop(ids: Tensor, scores: Any, **unused: Any) -> Tensor:
+        return torch.full((ids.shape[0],), ids.shape[1] >= 35)
+
+    with padless.patch(model) as handle:
+        got = _generate(model, new=None, max_length=10_000, stopping_criteria=[stop])
+        report = handle.report()
+    assert len(graphs.captured) > 1
+    assert all(graph.is_released for graph in graphs.captured)
+    assert report.graph_replays == sum(graph.replays for graph in graphs.captured) == 27
+    assert torch.equal(got, want)
+
+
+def test_a_capture_that_fails_is_not_tried_again(
+    model: LlamaForCausalLM, graphs: type[StandIn]
+) -> None:
+    want = _generate(model)
+    graphs.error = RuntimeError("operation not permitted\nwhen capturing")
+    with padless.patch(model) as handle:
+        got = _generate(model)
+        report = handle.report()
+    assert torch.equal(got, want)
+    reason = "steps without a CUDA graph: RuntimeError: operation not permitted"
+    assert report.generation_notes == {reason: 1}
+    assert f"1 generate: {reason}" in str(report)
+    assert (report.decoding_steps, report.graph_replays) == (9, 0)
+
+
+def test_a_graph_is_released_by_an_exception(
+    model: LlamaForCausalLM, graphs: type[StandIn]
+) -> None:
+    want = _generate(model)
+    calls = []
+
+    def fail(ids: Tensor, scores: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 7:
+            raise ZeroDivisionError
+        return scores
+
+    with padless.patch(model):
+        with pytest.raises(ZeroDivisionError):
+            _generate(model, logits_processor=LogitsProcessorList([fail]))
+        (graph,) = graphs.captured
+        assert graph.is_released and graph.replays == 4
+        assert graph.store.layers == [None, None]
+        assert torch.equal(_generate(model), want)
+
+
+def test_what_keeps_a_step_from_being_captured(model: LlamaForCausalLM) -> None:
+    assert uncapturable_reason(model) == "no CUDA"
+
+    class OnCuda(nn.Parameter):
+        """A parameter that says it is on a GPU."""
+
+        is_cuda = True
+
+    class Other(nn.Linear):
+        pass
+
+    def head(inner: nn.Module) -> nn.Module:
+        outer = nn.Sequential(nn.Linear(1, 1), inner)
+        first = outer[0]
+        first.weight = OnCuda(torch.ones(1, 1))
+        return outer
+
+    hooked = nn.Linear(1, 1)
+    hooked.register_forward_hook(lambda *args: None)
+    assert str(uncapturable_reason(head(hooked))).startswith("hooks on modules inside")
+    compiled = Other(1, 1)
+    compiled._compiled_call_impl = lambda: None  # type: ignore[method-assign]
+    assert uncapturable_reason(head(compiled)) == "compiled modules inside the model"
+    assert uncapturable_reason(head(nn.Identity())) == "weights of type OnCuda"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert uncapturable_reason(head(nn.Identity())) == "autocast"
