@@ -27,8 +27,8 @@ from padless.unpadded.call import flatten_prompt
 from padless.unpadded.ledger import Ledger
 from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, step_reason
 
-# Steps that run eagerly in front of a capture: kernels compile and libraries set up meanwhile.
-_WARM_UP = 2
+# Steps that run eagerly in front of a capture: kernels compile and libraries set up in the first.
+_WARM_UP = 1
 
 _current: ContextVar[Session | None] = ContextVar("padless_generate", default=None)
 
