@@ -80,7 +80,9 @@ def test_every_way_of_choosing_tokens(padding: str, options: dict[str, Any], tim
     want = _generate(model, padding, **options)
     with padless.patch(model) as handle:
         got = _generate(model, padding, **options)
-        _check_fast(handle.report(), steps=11, prompt=times * REAL[padding])
+        # Rows that begin alike are computed once.
+        prompt = REAL[padding] if IS_FAST else times * REAL[padding]
+        _check_fast(handle.report(), steps=11, prompt=prompt)
     assert torch.equal(got, want)
 
 
@@ -273,7 +275,8 @@ def test_the_cache_that_is_handed_back(options: dict[str, Any]) -> None:
     stock, want = run()
     with padless.patch(model) as handle:
         out, got = run()
-        _check_fast(handle.report(), steps=11, prompt=times * REAL["left"])
+        prompt = REAL["left"] if IS_FAST else times * REAL["left"]
+        _check_fast(handle.report(), steps=11, prompt=prompt)
     assert torch.equal(got, want)
     assert type(out.past_key_values) is type(stock.past_key_values)
     _check_cache(out, stock, real.repeat_interleave(times, 0))

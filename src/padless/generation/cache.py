@@ -92,10 +92,7 @@ def _ragged(plain: Any) -> Any:
         self.__dict__[_STORE].select_rows(beam_idx)
 
     def batch_repeat_interleave(self: Any, repeats: int) -> None:
-        store = self.__dict__[_STORE]
-        store.select_rows(
-            torch.arange(store.batch, device=store.rows.lengths.device).repeat_interleave(repeats)
-        )
+        self.__dict__[_STORE].copy_rows(repeats)
 
     def __getattribute__(self: Any, name: str) -> Any:
         if name in body or name in _HARMLESS or (name.startswith("__") and name.endswith("__")):

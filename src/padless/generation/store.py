@@ -166,6 +166,11 @@ class RaggedStore:
         self._newest = self._slots()
         return True
 
+    def copy_rows(self, copies: int) -> None:
+        """Makes several neighbouring rows of each."""
+        device = self.rows.lengths.device
+        self.select_rows(torch.arange(self.batch, device=device).repeat_interleave(copies))
+
     def padded(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         """Gives a layer's keys and values as transformers keeps them, zeros at padding.
 

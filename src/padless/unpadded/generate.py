@@ -53,7 +53,9 @@ def generate_with_session(
         if ledger_of(self) is None or era.returned != 2:
             return inner(*args, **kwargs)
         asked = _asked(stock, args, kwargs)
-        session = Session(self, era, _most_tokens(self, asked), _refusal(self, asked))
+        session = Session(
+            self, era, _most_tokens(self, asked), _refusal(self, asked), _copies(self, asked)
+        )
         result = None
         with session.in_force():
             try:
@@ -103,3 +105,8 @@ def _most_tokens(model: Any, asked: dict[str, Any]) -> int | None:
         return int(inputs.shape[1]) + int(new)
     longest = _value(model, asked, "max_length")
     return None if longest is None else int(longest)
+
+
+def _copies(model: Any, asked: dict[str, Any]) -> int:
+    """Reads how many rows are made of each prompt."""
+    return max(int(_value(model, asked, n) or 1) for n in ("num_beams", "num_return_sequences"))

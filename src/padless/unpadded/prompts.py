@@ -61,10 +61,33 @@ def _input_reason(head: Any, arguments: dict[str, Any]) -> str | None:
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != source.shape[:2]:
         return None if mask is None else "a mask that is not (batch, seqlen)"
-    # The one wait for the device here. The first token is that of the last slot.
-    if not bool((mask[:, -1] != 0).all()):
-        return RIGHT_PADDING
     return None
+
+
+def read_prompt(arguments: dict[str, Any], copies: int) -> tuple[bool, int]:
+    """Reads a prompt, which takes the one wait for the device here.
+
+    Args:
+        arguments: of the prompt's forward.
+        copies: neighbouring rows that `generate` has made of each row, as far as its options tell.
+
+    Returns:
+        Whether each row ends in a real token, from which its first new one follows; and how many
+        neighbours are indeed alike.
+    """
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    may_be_copies = copies > 1 and ids is not None and ids.shape[0] % copies == 0
+    facts = [] if mask is None else [(mask[:, -1] != 0).all()]
+    if may_be_copies:
+        rows = [x for x in (ids, mask, arguments.get("position_ids")) if x is not None]
+        if all(x.shape[0] == rows[0].shape[0] for x in rows):
+            grouped = [x.unflatten(0, (-1, copies)) for x in rows]
+            facts += [(x == x[:, :1]).all() for x in grouped]
+        else:
+            may_be_copies = False
+    found = torch.stack(facts).tolist() if facts else []
+    ends_real = mask is None or found.pop(0)
+    return ends_real, copies if may_be_copies and all(found) else 1
 
 
 def step_reason(arguments: dict[str, Any], store: RaggedStore, *, has_mask: bool) -> str | None:

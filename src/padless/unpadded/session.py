@@ -25,7 +25,7 @@ from padless.layout import VarlenLayout
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.call import flatten_prompt
 from padless.unpadded.ledger import Ledger
-from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, step_reason
+from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, read_prompt, step_reason
 
 # Steps that run eagerly in front of a capture: kernels compile and libraries set up in the first.
 _WARM_UP = 1
@@ -47,9 +47,12 @@ class Session:
         era: of the installed transformers.
         most: tokens that a row may come to have at most; None if not known.
         refusal: why the call is to be left to transformers from the start; None if it is not.
+        copies: rows that `generate` makes of each prompt.
     """
 
-    def __init__(self, head: Any, era: Era, most: int | None, refusal: str | None) -> None:
+    def __init__(
+        self, head: Any, era: Era, most: int | None, refusal: str | None, copies: int
+    ) -> None:
         self.head = head
         self.cache: Any = None
         self.steps = 0
@@ -57,6 +60,7 @@ class Session:
         self._era = era
         self._most = most
         self._refusal = refusal
+        self._copies = copies
         self._ledger: Ledger | None = None
         self._is_open = True
         self._is_stock_prompt = False
@@ -135,9 +139,16 @@ class Session:
     def _prompt(self, arguments: dict[str, Any], ledger: Ledger) -> tuple[Any, str | None]:
         reason = self._refusal or prompt_reason(self.head, arguments)
         if reason is not None:
-            self._is_stock_prompt = reason == RIGHT_PADDING
             return None, reason
+        ends_real, copies = read_prompt(arguments, self._copies)
+        if not ends_real:
+            self._is_stock_prompt = True
+            return None, RIGHT_PADDING
         flat = {k: v for k, v in arguments.items() if k not in ("past_key_values", "use_cache")}
+        if copies > 1:
+            # Beams and return sequences begin alike: each prompt is computed once.
+            for name in ("input_ids", "attention_mask", "position_ids"):
+                flat[name] = None if flat.get(name) is None else flat[name][::copies]
         batch = flatten_prompt(self.head.model, flat, ledger.backend, self._era)
         if batch is None:
             return None, "a prompt that cannot be flattened to one sequence a row"
@@ -146,6 +157,9 @@ class Session:
         hidden = self._hidden(batch, flat)[0]
         logits = self.head.lm_head(hidden[(batch.layout.cu_seqlens[1:] - 1).long()])
         ledger.count(batch)
+        if copies > 1:
+            logits = logits.repeat_interleave(copies, 0)
+            batch.store.copy_rows(copies)
         try:
             decoder = _decoder(layers[0].self_attn, batch.store, ledger.backend)
         except BackendUnavailableError as error:

@@ -1,0 +1,146 @@
+"""Which prompts of `generate` are served, asked of the arguments alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from padless.unpadded.prompts import prompt_reason, read_prompt, step_reason
+
+
+def _prompt(**changed: Any) -> dict[str, Any]:
+    ids = torch.arange(3, 11).view(2, 4).repeat_interleave(2, 0)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]]).repeat_interleave(2, 0)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **changed}
+
+
+def _with(tensor: Tensor, at: tuple[int, int], value: int) -> Tensor:
+    changed = tensor.clone()
+    changed[at] = value
+    return changed
+
+
+@pytest.mark.parametrize("without", [(), ("attention_mask",), ("position_ids",)], ids=str)
+def test_copies_of_a_prompt_are_found(without: tuple[str, ...]) -> None:
+    prompt = {name: x for name, x in _prompt().items() if name not in without}
+    assert read_prompt(prompt, 2) == (True, 2)
+    assert read_prompt(prompt, 1) == (True, 1)
+    # Four rows are not three of each, and not four of one.
+    assert read_prompt(prompt, 3) == (True, 1)
+    assert read_prompt(prompt, 4) == (True, 1)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids"])
+def test_rows_that_differ_are_no_copies(name: str) -> None:
+    prompt = _prompt()
+    prompt[name] = _with(prompt[name], (3, 1), 7)
+    assert read_prompt(prompt, 2) == (True, 1)
+
+
+def test_rows_of_one_line_of_positions_are_computed_each() -> None:
+    assert read_prompt(_prompt(position_ids=torch.arange(4)[None]), 2) == (True, 1)
+
+
+def test_a_prompt_that_ends_in_padding_is_found() -> None:
+    prompt = _prompt()
+    mask = _with(prompt["attention_mask"], (2, 3), 0)
+    assert read_prompt({**prompt, "attention_mask": mask}, 1) == (False, 1)
+    assert read_prompt({"input_ids": prompt["input_ids"]}, 1) == (True, 1)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def _filled() -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(*torch.zeros(2, 4, 2, 1, 4), 0)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"past_key_values": None, "use_cache": True}, None),
+        ({"attention_mask": None}, None),
+        ({"output_attentions": False}, None),
+        ({"past_key_values": None}, "without a cache"),
+        ({"past_key_values": _filled()}, "a cache that was there before"),
+        ({"past_key_values": DynamicCache(offloading=True)}, "a cache of another kind"),
+        ({"past_key_values": object()}, "a cache of another kind, object"),
+        ({"labels": torch.zeros(4, 4)}, "the argument labels"),
+        ({"output_attentions": True}, "the argument output_attentions"),
+        ({"input_ids": None}, "no prompt"),
+        ({"input_ids": torch.zeros(4, 0).long()}, "no prompt"),
+        ({"input_ids": torch.zeros(4, 4, device="meta").long()}, "several devices"),
+        ({"attention_mask": torch.ones(4, 1, 4, 4)}, "a mask that is not"),
+    ],
+)
+@torch.no_grad()
+def test_what_a_prompt_is_refused_for(
+    model: LlamaForCausalLM, changed: dict[str, Any], reason: str | None
+) -> None:
+    given = prompt_reason(model, {"past_key_values": DynamicCache(), **_prompt(), **changed})
+    assert (given is None) if reason is None else (reason in str(given))
+
+
+def test_gradients_are_refused(model: LlamaForCausalLM) -> None:
+    assert prompt_reason(model, {"past_key_values": DynamicCache(), **_prompt()}) == "gradients"
+
+
+@torch.no_grad()
+def test_checkpointing_in_training_mode_is_refused(model: LlamaForCausalLM) -> None:
+    prompt = {"past_key_values": DynamicCache(), **_prompt()}
+    model.gradient_checkpointing_enable()
+    try:
+        assert prompt_reason(model.eval(), prompt) is None
+        assert prompt_reason(model.train(), prompt) == "checkpointing in training mode"
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+class _Store:
+    batch, columns = 2, 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"position_ids": None}, None),
+        ({"position_ids": torch.tensor([[3]])}, None),
+        ({"input_ids": torch.ones(2, 3).long()}, "not one token a row"),
+        ({"input_ids": torch.ones(3, 1).long()}, "not one token a row"),
+        ({"input_ids": None}, "not one token a row"),
+        ({"attention_mask": None}, "a mask that comes or goes"),
+        ({"attention_mask": torch.ones(2, 6)}, "a mask that is not the prompt's"),
+        ({"position_ids": torch.ones(2, 2)}, "position_ids that are not"),
+        ({"inputs_embeds": torch.ones(2, 1, 8)}, "the argument inputs_embeds"),
+    ],
+)
+def test_what_a_step_is_refused_for(changed: dict[str, Any], reason: str | None) -> None:
+    step = {
+        "input_ids": torch.ones(2, 1).long(),
+        "attention_mask": torch.ones(2, 7),
+        "position_ids": torch.tensor([[3], [4]]),
+        "past_key_values": object(),
+        "use_cache": True,
+        **changed,
+    }
+    store: Any = _Store()
+    given = step_reason(step, store, has_mask=True)
+    assert (given is None) if reason is None else (reason in str(given))
