@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,15 +49,14 @@ class StepGraph:
         with _capturing, torch.cuda.device(ids.device), torch.cuda.stream(side):
             torch.cuda.synchronize()
             # Other threads of the process may allocate meanwhile.
-            self._graph.capture_begin(capture_error_mode="thread_local")
+            pool = torch.cuda.graph_pool_handle()
+            self._graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 self._logits = step(self._ids, self._positions)
+                self._graph.capture_end()
             except BaseException:
-                with contextlib.suppress(RuntimeError):
-                    # Which says the same again.
-                    self._graph.capture_end()
+                _end_capture(self._graph, pool, ids.device)
                 raise
-            self._graph.capture_end()
 
     def replay(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Runs the step for other tokens.
@@ -79,6 +79,17 @@ class StepGraph:
         """Gives the graph's memory back, once the device is done with it."""
         del self._logits
         self._graph.reset()
+
+
+def _end_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """Takes back what a capture that went wrong has begun; whatever is over already raises here."""
+    with contextlib.suppress(RuntimeError):
+        graph.capture_end()
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        # Where CUDA refuses to end the capture, the allocator may not have been told.
+        with contextlib.suppress(RuntimeError):
+            end(device.index, pool)
 
 
 # Torch captures one graph at a time in a process.
