@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 import padless
+from padless.generation import graph as graph_module
 from padless.generation import store as stores
 from padless.generation.graph import uncapturable_reason
 from padless.unpadded import session
@@ -192,3 +193,90 @@ def test_what_keeps_a_step_from_being_captured(model: LlamaForCausalLM) -> None:
     assert uncapturable_reason(head(nn.Identity())) == "weights of type OnCuda"
     with torch.autocast("cpu", torch.bfloat16):
         assert uncapturable_reason(head(nn.Identity())) == "autocast"
+
+
+class CudaGraph:
+    """Stands in for torch's: writes down what it is asked."""
+
+    log: list[str]
+    fails_to_end = False
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        self.log.append(f"begin {capture_error_mode} {pool}")
+
+    def capture_end(self) -> None:
+        self.log.append("end")
+        if self.fails_to_end:
+            raise RuntimeError("the capture is invalid")
+
+    def replay(self) -> None:
+        self.log.append("replay")
+
+    def reset(self) -> None:
+        self.log.append("reset")
+
+
+@pytest.fixture
+def cuda_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    log: list[str] = []
+
+    class Entered:
+        def __init__(self, *args: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            log.append("enter")
+
+        def __exit__(self, *args: Any) -> None:
+            log.append("leave")
+
+    monkeypatch.setattr(CudaGraph, "log", log, raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CudaGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(torch.cuda, "stream", Entered)
+    monkeypatch.setattr(graph_module, "_side_stream", lambda device: None)
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_endAllocateToPool",
+        lambda index, pool: log.append(f"allocate {pool}"),
+        raising=False,
+    )
+    return log
+
+
+def test_a_capture_reads_copies_and_gives_copies(cuda_log: list[str]) -> None:
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def step(ids: Tensor, positions: Tensor) -> Tensor:
+        seen.append((ids, positions, torch.zeros(1, 3, 4)))
+        return seen[-1][2]
+
+    ids, positions = torch.tensor([[1, 2, 3]]), torch.tensor([[7, 8, 9]])
+    graph = graph_module.StepGraph(step, ids, positions)
+    assert cuda_log == ["enter", "enter", "begin thread_local pool", "end", "leave", "leave"]
+    (own_ids, own_positions, own_logits), *more = seen
+    assert own_ids is not ids and own_positions is not positions and not more
+    logits = graph.replay(ids + 1, positions + 1)
+    assert own_ids.tolist() == [[2, 3, 4]] and own_positions.tolist() == [[8, 9, 10]]
+    own_logits += 1
+    assert not logits.any()
+    graph.release()
+    assert cuda_log[-1] == "reset"
+
+
+@pytest.mark.parametrize("fails_to_end", [False, True])
+def test_a_capture_that_went_wrong_is_ended(
+    cuda_log: list[str], fails_to_end: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CudaGraph, "fails_to_end", fails_to_end)
+
+    def step(ids: Tensor, positions: Tensor) -> Tensor:
+        raise ValueError("not while capturing")
+
+    with pytest.raises(ValueError, match="not while capturing"):
+        graph_module.StepGraph(step, torch.ones(1, 2).long(), torch.ones(1, 2).long())
+    assert cuda_log[2:] == ["begin thread_local pool", "end", "allocate pool", "leave", "leave"]
+    assert graph_module._capturing.acquire(blocking=False)
+    graph_module._capturing.release()

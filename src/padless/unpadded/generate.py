@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from padless.hf.eras import Era
 from padless.unpadded.ledger import Ledger
@@ -79,11 +79,12 @@ def _asked(stock: Generate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
 
 def _value(model: Any, asked: dict[str, Any], name: str) -> Any:
     """Reads an option from the call, from the config it was given, or from the model's."""
-    given = asked.get("generation_config")
-    for source in (asked, vars(given) if given is not None else {}):
-        if source.get(name) is not None:
-            return source[name]
-    return getattr(getattr(model, "generation_config", None), name, None)
+    if asked.get(name) is not None:
+        return asked[name]
+    for config in (asked.get("generation_config"), getattr(model, "generation_config", None)):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
 
 
 def _refusal(model: Any, asked: dict[str, Any]) -> str | None:
@@ -98,15 +99,16 @@ def _refusal(model: Any, asked: dict[str, Any]) -> str | None:
 
 def _most_tokens(model: Any, asked: dict[str, Any]) -> int | None:
     """Reads how many tokens a row may come to have; a hint for the size of buffers."""
-    new, inputs = _value(model, asked, "max_new_tokens"), None
-    for name in ("inputs", "input_ids", "inputs_embeds"):
-        inputs = asked.get(name) if inputs is None else inputs
-    if new is not None and inputs is not None:
-        return int(inputs.shape[1]) + int(new)
-    longest = _value(model, asked, "max_length")
-    return None if longest is None else int(longest)
+    new, longest = (_value(model, asked, name) for name in ("max_new_tokens", "max_length"))
+    prompts = [asked.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
+    columns = [x.shape[1] for x in prompts if isinstance(x, Tensor) and x.dim() > 1]
+    if isinstance(new, int) and columns:
+        return int(columns[0]) + new
+    return longest if isinstance(longest, int) else None
 
 
 def _copies(model: Any, asked: dict[str, Any]) -> int:
     """Reads how many rows are made of each prompt."""
-    return max(int(_value(model, asked, n) or 1) for n in ("num_beams", "num_return_sequences"))
+    found = (_value(model, asked, name) for name in ("num_beams", "num_return_sequences"))
+    # What is no number is for transformers to refuse.
+    return max(1, *(n if isinstance(n, int) else 1 for n in found))
