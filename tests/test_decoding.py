@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -233,3 +234,62 @@ def test_a_discarded_cache_is_an_empty_one() -> None:
     discard(cache)
     assert type(cache) is DynamicCache and cache.get_seq_length() == 0
     assert store.layers == [None] and "_padless_store" not in vars(cache)
+
+
+def _by_bounds(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used: Tensor, scale: float
+) -> Tensor:
+    """Attends as a flash kernel is asked to: rows of packed buffers, filled in front."""
+    assert q.is_contiguous() and k.dim() == v.dim() == 3
+    assert cu_q.dtype == cu_k.dtype == used.dtype == torch.int32
+    assert cu_q.tolist() == list(range(len(used) + 1))
+    out = []
+    for i, n in enumerate(used.tolist()):
+        begin = int(cu_k[i])
+        keys = [x[None, begin : begin + n].transpose(1, 2) for x in (k, v)]
+        out.append(sdpa.dense_attention(q[i, None, :, None], *keys, softmax_scale=scale)[0, :, 0])
+    return torch.stack(out)
+
+
+def test_the_operator_of_torch_is_asked_for_each_rows_own_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def operator(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: Any,
+        scale: float, seqused_k: Tensor,
+    ) -> Any:  # fmt: skip
+        max_q, max_k, dropout, is_causal, debug = rest
+        assert (max_q, dropout, is_causal, debug) == (1, 0.0, False, False)
+        assert max_k >= int(seqused_k.max())
+        return _by_bounds(q, k, v, cu_q, cu_k, seqused_k, scale), None, None, None, None
+
+    monkeypatch.setattr(torch_varlen, "_operator", lambda: (operator, frozenset({"seqused_k"})))
+    assert judge_decoding(torch_varlen.decode, _request((4, 2, 64), torch.bfloat16)) is None
+
+
+def test_flash_attention_4_is_asked_for_each_rows_own_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, **asked: Any) -> Any:
+        assert asked["max_seqlen_q"] == 1 and not asked["causal"]
+        assert asked["max_seqlen_k"] >= int(asked["seqused_k"].max())
+        bounds = (asked["cu_seqlens_q"], asked["cu_seqlens_k"], asked["seqused_k"])
+        return _by_bounds(q, k, v, *bounds, asked["softmax_scale"]), None
+
+    names = frozenset(
+        {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k",
+         "softmax_scale", "causal"}
+    )  # fmt: skip
+    monkeypatch.setattr(fa4, "_kernel", lambda: (kernel, names, ""))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    assert judge_decoding(fa4.decode, _request((4, 2, 64), torch.bfloat16)) is None
+
+
+def test_versions_without_a_length_a_row_do_not_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_varlen, "_operator", lambda: (lambda: None, frozenset()))
+    reason = torch_varlen.reject_decode(_request((4, 2, 64)))
+    assert reason is not None and "takes no length a row" in reason
+    monkeypatch.setattr(fa4, "reject", lambda request: None)
+    monkeypatch.setattr(fa4, "_kernel", lambda: (lambda: None, frozenset(), ""))
+    reason = fa4.reject_decode(_request((4, 2, 64)))
+    assert reason is not None and "takes no length a row" in reason
