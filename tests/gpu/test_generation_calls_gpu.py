@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from generation_gpu_cases import (
+    DTYPES,
     EAGER_STEPS,
     build_model,
     generate,
@@ -39,9 +40,10 @@ def _allocated() -> int:
     return torch.cuda.memory_allocated()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("at", [None, 1, 2, 3, 10])
-def test_nothing_stays_on_the_device(at: int | None) -> None:
-    model = build_model(torch.bfloat16)
+def test_nothing_stays_on_the_device(at: int | None, dtype: torch.dtype) -> None:
+    model = build_model(dtype)
     with padless.patch(model):
         generate(model)  # libraries take their workspaces
         before = _allocated()
