@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import padless
+from padless.unpadded import proof, session
 
 STEPS = 9
 
@@ -135,3 +137,30 @@ def test_a_generate_of_somebody_else_is_left_alone(model: LlamaForCausalLM) -> N
     with padless.patch(model):
         assert model.generate() == "theirs"
     assert model.generate() == "theirs"
+
+
+@pytest.mark.parametrize("fault", [None, "raises", "other tokens"])
+@pytest.mark.parametrize("patch", ["model", "process"])
+def test_a_transformers_that_nobody_has_tested_is_tried_first(
+    patch: str, fault: str | None, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = _generate(model)
+    monkeypatch.setattr(proof, "NEWEST_TESTED", Version("4.48"))
+    monkeypatch.setattr(proof, "_generation_faults", {})
+    if fault is not None:
+        sound = session.Session._run
+
+        def run(self: Any, ids: Tensor, positions: Tensor) -> Tensor:
+            if fault == "raises":
+                raise AttributeError("no such thing as a cache")
+            return sound(self, ids, positions).flip(-1)
+
+        monkeypatch.setattr(session.Session, "_run", run)
+    with padless.patch(model) if patch == "model" else padless.patch_llama() as handle:
+        assert torch.equal(_generate(model), want)
+        report = handle.report()
+    assert report.decoding_steps == (STEPS if fault is None else 0)
+    (note,) = report.generation_notes or [""]
+    assert note.startswith("" if fault is None else "on transformers ")
+    assert fault != "raises" or note.endswith("AttributeError: no such thing as a cache")
+    assert fault != "other tokens" or note.endswith("other tokens")

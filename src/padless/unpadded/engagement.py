@@ -33,7 +33,7 @@ from padless.unpadded.instance import (
 from padless.unpadded.layer import layer_forward
 from padless.unpadded.ledger import Ledger
 from padless.unpadded.process import Rebound, plan_process, plan_rebound
-from padless.unpadded.proof import prove
+from padless.unpadded.proof import generation_fault, prove
 from padless.unpadded.seams import mask_changes, through
 
 _logger = logging.getLogger("padless")
@@ -76,8 +76,14 @@ def patch(model: nn.Module, *, backend: str = "auto") -> PatchHandle:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     era = installed_era()
-    changes = _plan_instance(model, Ledger(backend), era)
-    prove(lambda tiny: _apply(_plan_instance(tiny, Ledger("auto"), era)), era)
+    ledger = Ledger(backend)
+    changes = _plan_instance(model, ledger, era)
+
+    def engage(tiny: Any) -> Callable[[], None]:
+        return _apply(_plan_instance(tiny, Ledger("auto"), era))
+
+    prove(engage, era)
+    ledger.generation_fault = generation_fault(engage, era)
     return _handle(changes, era)
 
 
@@ -102,8 +108,14 @@ def patch_llama(*, backend: str = "auto") -> PatchHandle:
         _logger.warning("every LLaMA is patched already; nothing changed")
         return _process_handle
     era = installed_era()
-    changes = plan_process(Ledger(backend), era)
-    prove(lambda tiny: _apply(plan_process(Ledger("auto"), era)), era)
+    ledger = Ledger(backend)
+    changes = plan_process(ledger, era)
+
+    def engage(tiny: Any) -> Callable[[], None]:
+        return _apply(plan_process(Ledger("auto"), era))
+
+    prove(engage, era)
+    ledger.generation_fault = generation_fault(engage, era)
     _process_handle = _handle([*changes, *plan_rebound(changes)], era, on_undo=_forget_process)
     return _process_handle
 

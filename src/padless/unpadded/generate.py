@@ -50,12 +50,12 @@ def generate_with_session(
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         inner = inner_of(self)
         # Older layers return more, and their caches are tuples in part: as it was there.
-        if ledger_of(self) is None or era.returned != 2:
+        ledger = ledger_of(self)
+        if ledger is None or era.returned != 2:
             return inner(*args, **kwargs)
         asked = _asked(stock, args, kwargs)
-        session = Session(
-            self, era, _most_tokens(self, asked), _refusal(self, asked), _copies(self, asked)
-        )
+        refusal = ledger.generation_fault or _refusal(self, asked)
+        session = Session(self, era, _most_tokens(self, asked), refusal, _copies(self, asked))
         result = None
         with session.in_force():
             try:

@@ -36,6 +36,8 @@ class Ledger:
         self.batch_tokens = 0
         self.host_syncs = 0
         self.stock: Counter[str] = Counter()
+        # Why generate is left alone altogether.
+        self.generation_fault: str | None = None
         self.generations = 0
         self.decoding_steps = 0
         self.graph_replays = 0
@@ -45,7 +47,9 @@ class Ledger:
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
-        return memo.setdefault(id(self), Ledger(self.backend, self.number))
+        made = Ledger(self.backend, self.number)
+        made.generation_fault = self.generation_fault
+        return memo.setdefault(id(self), made)
 
     def __reduce__(self) -> Any:
         # Pickled methods are the class's own when they come back, without a patch: so is the rest.
