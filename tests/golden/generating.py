@@ -41,6 +41,7 @@ def check_fast(report: PatchReport, *, steps: int, prompt: int, calls: int = 1) 
         assert report.stock == {"a call behind a cache": steps}
         return
     assert (report.generations, report.decoding_steps) == (calls, steps)
+    assert report.decoding_backends == {"sdpa": steps}
     assert report.stock == {} and report.generation_notes == {}
 
 

@@ -112,6 +112,7 @@ def test_half_precision_is_as_near_to_float32_as_unpatched(
     with padless.patch(model) as handle:
         got = torch.stack(generate(model, **kept).logits)
         assert handle.report().graph_replays == 47 - EAGER_STEPS, str(handle.report())
+        assert set(handle.report().decoding_backends) <= {"torch_varlen", "fa4"}
     for row in range(len(LENGTHS)):
         error, baseline = (
             (x[:, row].double() - truth[:, row].double()).square().mean().sqrt().item()
@@ -161,7 +162,7 @@ def test_a_graph_is_captured_anew_where_buffers_grow(monkeypatch: pytest.MonkeyP
     with padless.patch(model) as handle:
         stop = [_StopAt(max(LENGTHS) + 120)]
         got = generate(model, new=None, max_length=10_000, stopping_criteria=stop)
-        assert handle.report().graph_replays == 119 - EAGER_STEPS
+        assert handle.report().graph_replays == 119 - len(captured) * EAGER_STEPS
     assert len(captured) > 1
     assert torch.equal(got, want)
 

@@ -44,6 +44,7 @@ class PatchReport:
         stock: calls left to transformers' own path, by reason.
         generations: `generate` calls that kept a cache of real tokens alone.
         decoding_steps: further tokens, one for each row, that such calls computed behind it.
+        decoding_backends: such steps by the backend that attended.
         graph_replays: those of the steps that were a replay of a CUDA graph.
         generation_notes: why `generate` calls, or their steps, did without, by reason.
     """
@@ -62,6 +63,7 @@ class PatchReport:
     stock: dict[str, int]
     generations: int = 0
     decoding_steps: int = 0
+    decoding_backends: dict[str, int] = field(default_factory=dict)
     graph_replays: int = 0
     generation_notes: dict[str, int] = field(default_factory=dict)
 
@@ -86,7 +88,9 @@ class PatchReport:
         if self.generations:
             lines.append(
                 f"  {self.generations} generate calls with a cache of real tokens: "
-                f"{self.decoding_steps} decoding steps, {self.graph_replays} by a CUDA graph"
+                f"{self.decoding_steps} decoding steps "
+                f"({', '.join(self.decoding_backends) or 'none yet'}), "
+                f"{self.graph_replays} by a CUDA graph"
             )
         lines += [f"  {n} generate: {reason}" for reason, n in self.generation_notes.items()]
         return "\n".join(lines)
@@ -143,6 +147,7 @@ class PatchHandle:
             stock=dict(ledger.stock),
             generations=ledger.generations,
             decoding_steps=ledger.decoding_steps,
+            decoding_backends=dict(ledger.decoding_backends),
             graph_replays=ledger.graph_replays,
             generation_notes=dict(ledger.generation_notes),
         )

@@ -40,6 +40,7 @@ class Ledger:
         self.generation_fault: str | None = None
         self.generations = 0
         self.decoding_steps = 0
+        self.decoding_backends: Counter[str] = Counter()
         self.graph_replays = 0
         self.generation_notes: Counter[str] = Counter()
         self.layers: dict[str, Counter[str]] = {}
@@ -84,11 +85,13 @@ class Ledger:
             level = logging.INFO if is_usual else logging.WARNING
             _logger.log(level, "%s takes transformers' own path, padding and all", reason)
 
-    def count_generation(self, *, steps: int, replays: int) -> None:
+    def count_generation(self, backend: str, *, steps: int, replays: int) -> None:
         """Counts a `generate` call whose prompt and steps ran on real tokens only."""
         with self._lock:
             self.generations += 1
             self.decoding_steps += steps
+            if steps:
+                self.decoding_backends[backend] += steps
             self.graph_replays += replays
 
     def note_generation(self, reason: str) -> None:

@@ -66,6 +66,7 @@ class Session:
         self._is_stock_prompt = False
         self._has_mask = False
         self._batch: FlatBatch | None = None
+        self._decoder = ""
         self._graph: StepGraph | None = None
         self._eager: str | None = None
         self._warm = 0
@@ -93,7 +94,7 @@ class Session:
             else:
                 discard(self.cache)
         if self._ledger is not None and self.cache is not None:
-            self._ledger.count_generation(steps=self.steps, replays=self.replays)
+            self._ledger.count_generation(self._decoder, steps=self.steps, replays=self.replays)
 
     def serve(self, arguments: dict[str, Any], ledger: Ledger) -> Any:
         """Serves a forward of the language model, if it is this call's prompt or next step.
@@ -161,13 +162,14 @@ class Session:
             logits = logits.repeat_interleave(copies, 0)
             batch.store.copy_rows(copies)
         try:
-            decoder = _decoder(layers[0].self_attn, batch.store, ledger.backend)
+            decoder = _choose(layers[0].self_attn, batch.store, ledger.backend)
         except BackendUnavailableError as error:
             self._attach(arguments, batch.store)
             outputs = self._outputs(logits.unsqueeze(1))
             return outputs, f"no backend decodes: {error}"
         self._attach(arguments, batch.store)
         self._batch = _step_batch(batch.store, decoder)
+        self._decoder = decoder.name
         self._eager = uncapturable_reason(self.head)
         if logits.is_cuda and self._eager is not None:
             ledger.note_generation(f"steps without a CUDA graph: {self._eager}")
@@ -211,10 +213,10 @@ class Session:
         assert batch is not None
         if batch.layout.batch != store.batch:
             assert batch.decoder is not None
-            batch = self._batch = _step_batch(store, batch.decoder)
-            self._drop_graph()
+            self._batch = _step_batch(store, batch.decoder)
+            self._capture_anew()
         if store.make_room():
-            self._drop_graph()
+            self._capture_anew()
         ids = arguments["input_ids"].view(1, -1)
         positions = arguments.get("position_ids")
         if positions is None:
@@ -255,6 +257,11 @@ class Session:
         logits: Tensor = self.head.lm_head(hidden)
         return logits
 
+    def _capture_anew(self) -> None:
+        # Other shapes may be other kernels, which a capture does not load.
+        self._drop_graph()
+        self._warm = 0
+
     def _drop_graph(self) -> None:
         if self._graph is not None:
             self._graph.release()
@@ -267,7 +274,7 @@ def _step_batch(store: RaggedStore, decoder: Decoder) -> FlatBatch:
     return FlatBatch(layout, lengths.view(1, -1), store=store, decoder=decoder)
 
 
-def _decoder(attention: Any, store: RaggedStore, backend: str) -> Decoder:
+def _choose(attention: Any, store: RaggedStore, backend: str) -> Decoder:
     buffers = store.layers[0]
     assert buffers is not None
     k = buffers[0]
