@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -198,6 +199,7 @@ LOOKS = {
     "iter": lambda cache: list(cache),
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
+    "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
     "crop": lambda cache: cache.crop(-1),
     "repr": repr,
     "assignment": lambda cache: setattr(cache, "layers", cache.layers),

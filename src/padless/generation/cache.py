@@ -113,13 +113,8 @@ def _ragged(plain: Any) -> Any:
         settle(self)
         return copy.deepcopy(self, memo)
 
-    looked_up_on_the_class = (
-        "__len__", "__iter__", "__getitem__", "__contains__", "__repr__", "__reduce__",
-        "__reduce_ex__",
-    )  # fmt: skip
-    body: dict[str, Any] = {
-        name: _through(name) for name in looked_up_on_the_class if hasattr(plain, name)
-    }
+    # Methods of transformers read attributes, and so settle by themselves; pickle's do not.
+    body: dict[str, Any] = {name: _through(name) for name in ("__reduce__", "__reduce_ex__")}
     body.update(
         get_seq_length=get_seq_length,
         reorder_cache=reorder_cache,
