@@ -58,6 +58,12 @@ class Clock:
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats()
 
+    def held_bytes(self) -> int | None:
+        """Reads the memory in tensors that are alive now; None on a CPU."""
+        if self._lead is None:
+            return None
+        return torch.cuda.memory_allocated() - self._lead.numel()
+
     def peak_bytes(self) -> int | None:
         """Reads the highest memory use in tensors; None on a CPU, where nobody counts it."""
         if self._lead is None:

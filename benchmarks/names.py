@@ -6,6 +6,11 @@ EAGER = "transformers eager"
 SDPA = "transformers sdpa (default)"
 SDPA_COMPILED = "transformers sdpa, torch.compile"
 SDPA_NO_MASK = "transformers sdpa, mask dropped"
+SDPA_NO_CUDNN = "transformers sdpa, cuDNN off"
+SDPA_STATIC = "transformers sdpa, static cache"
+SDPA_STATIC_COMPILED = "transformers sdpa, static cache, torch.compile"
+CONTINUOUS = "transformers continuous batching"
+CONTINUOUS_FA4 = "transformers continuous batching, flash_attention_4"
 FA4 = "transformers flash_attention_4"
 FA4_BY_HAND = "transformers flash_attention_4, flattened by hand"
 PADLESS = "padless"
@@ -16,6 +21,9 @@ FLOOR = "floor: products and kernel alone"
 FLOOR_ONE_PRODUCT = "floor: the same, q k v as one product"
 
 FLOORS = (FLOOR, FLOOR_ONE_PRODUCT)
+GENERATION_PEERS = (
+    SDPA, SDPA_NO_CUDNN, SDPA_STATIC, SDPA_STATIC_COMPILED, FA4, CONTINUOUS, CONTINUOUS_FA4,
+)  # fmt: skip
 
 
 def with_liger(name: str) -> str:

@@ -9,6 +9,7 @@ from benchmarks.results_folder import Json, device
 
 _TITLES = {
     "step": "A training step",
+    "generation": "Batched generation",
     "layer": "One attention layer",
     "lengths": "From 2k to 128k tokens",
     "kernels": "Attention kernels",

@@ -61,10 +61,9 @@ def new_figure(record: Json, title: str, rows: int, columns: int, size: Any, **o
     return figure, axes
 
 
-def timed(table: Json) -> list[Json]:
-    """Finds the rows that have times of forward and backward."""
-    has = "forward_backward_ms"
-    return [row for row in table["rows"] if row["reason"] is None and has in row]
+def timed(table: Json, measure: str = "forward_backward_ms") -> list[Json]:
+    """Finds the rows that have times, of forward and backward or another measure."""
+    return [row for row in table["rows"] if row["reason"] is None and measure in row]
 
 
 def color_of(name: str) -> str:

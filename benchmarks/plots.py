@@ -21,6 +21,7 @@ from benchmarks.plot_style import (
     new_figure,
     timed,
 )
+from benchmarks.plots_generation import plot_generation
 from benchmarks.results_folder import Json, median_ms
 
 if TYPE_CHECKING:
@@ -269,6 +270,7 @@ def _losscurve(record: Json) -> Figure:
 
 _PLOTS: dict[str, Callable[[Json], Any]] = {
     "step": _step,
+    "generation": plot_generation,
     "layer": _layer,
     "lengths": _lengths,
     "kernels": _kernels,

@@ -177,7 +177,8 @@ def rows(timings: list[Timing]) -> list[dict[str, Any]]:
 
 def headline(row: dict[str, Any]) -> float | None:
     """Reads the milliseconds that a row is compared by: the median of all that it does, or None."""
-    found = row.get("forward_backward_ms") or row.get("forward_ms")
+    measures = ("forward_backward_ms", "forward_ms", "decode_ms")
+    found = next((row[measure] for measure in measures if row.get(measure)), None)
     return float(found["median"]) if found else None
 
 

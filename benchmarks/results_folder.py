@@ -45,15 +45,17 @@ def median_ms(table: Json, name: str, measure: str = "forward_backward_ms") -> f
     return float(found[measure]["median"]) if found and measure in found else None
 
 
-def ratio(table: Json, name: str, over: str) -> float | None:
+def ratio(table: Json, name: str, over: str, measure: str = "forward_backward_ms") -> float | None:
     """Reads how many times as long one row takes as another; None if either has no figures."""
-    one, other = median_ms(table, name), median_ms(table, over)
+    one, other = median_ms(table, name, measure), median_ms(table, over, measure)
     return one / other if one is not None and other is not None else None
 
 
-def least_ms(table: Json, candidates: Iterable[str]) -> float | None:
+def least_ms(
+    table: Json, candidates: Iterable[str], measure: str = "forward_backward_ms"
+) -> float | None:
     """Reads the shortest of several rows' medians; None if none of them has figures."""
-    found = [ms for name in candidates if (ms := median_ms(table, name)) is not None]
+    found = [ms for name in candidates if (ms := median_ms(table, name, measure)) is not None]
     return min(found, default=None)
 
 

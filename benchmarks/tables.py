@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks import names
+from benchmarks.markdown import (
+    gib,
+    name_cell,
+    number,
+    over,
+    plain,
+    reason_cells,
+    titled,
+    write_table,
+)
 from benchmarks.record import headline
 from benchmarks.results_folder import Json, device, median_ms, of_script
+from benchmarks.tables_generation import write_generation
 from benchmarks.targets import Verdict, judge
 
 
@@ -22,15 +33,6 @@ def sections(records: Sequence[Json]) -> dict[str, str]:
         command = f"python -m benchmarks.{script}"
         made[script] = "\n\n".join(blocks) if blocks else f"Not measured yet: `{command}`."
     return made
-
-
-def number(value: float) -> str:
-    """Writes a number with three digits that mean something."""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:.0f}"
-    if abs(value) < 0.01:
-        return f"{value:.1e}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def hardware_line(record: Json) -> str:
@@ -55,13 +57,6 @@ def _block(record: Json, write: Callable[[Json], str]) -> str:
     return f"{hardware_line(record)}\n\n{write(record)}"
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    # Names to the left, figures to the right.
-    rule = ["---", *["--:"] * (len(header) - 1)]
-    rows = [header, rule, *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
-
-
 def _targets(verdicts: Sequence[Verdict]) -> str:
     if not verdicts:
         return "Nothing measured yet."
@@ -70,7 +65,7 @@ def _targets(verdicts: Sequence[Verdict]) -> str:
         state = {True: "met", False: "**not met**", None: "not measured"}[verdict.is_met]
         measured = "" if verdict.measured is None else _exact(verdict.measured)
         lines.append((verdict.key, verdict.measure, verdict.bound, measured, state, verdict.device))
-    body = _table(("", "measure", "target", "measured", "", "on"), lines)
+    body = write_table(("", "measure", "target", "measured", "", "on"), lines)
     head, _, rest = body.partition("\n")
     _, _, rest = rest.partition("\n")
     return f"{head}\n| --- | --- | --- | --: | --- | --- |\n{rest}"
@@ -80,20 +75,6 @@ def _exact(value: float) -> str:
     if isinstance(value, int) or value == 0:
         return str(int(value))
     return f"{value:.1e}" if abs(value) < 0.001 else f"{value:.3f}"
-
-
-def _titled(record: Json, write: Callable[[Json], str]) -> str:
-    return "\n\n".join(f"*{_title(table)}*\n\n{write(table)}" for table in record["tables"])
-
-
-def _title(table: Json) -> str:
-    title = str(table["case"])
-    if table.get("tokens_real") and table.get("tokens_padded") != table.get("tokens_real"):
-        title += f": {table['tokens_real']} of {table['tokens_padded']} tokens are real"
-    if table.get("floor_ms"):
-        work = f"{number(table['flops'] / 1e12)} TFLOP"
-        title += f"; {work} take {number(table['floor_ms'])} ms at the ceiling"
-    return title
 
 
 def _step(record: Json) -> str:
@@ -111,11 +92,11 @@ def _step(record: Json) -> str:
         lines = []
         for row in table["rows"]:
             if row["reason"] is not None:
-                lines.append([_name(row), *_reason(row, len(header))])
+                lines.append([name_cell(row), *reason_cells(row, len(header))])
                 continue
             spread = row["forward_backward_ms"]
             cells = [
-                _name(row),
+                name_cell(row),
                 number(spread["median"]),
                 f"{number(spread['p20'])} to {number(spread['p80'])}",
             ]
@@ -123,11 +104,11 @@ def _step(record: Json) -> str:
                 cells.append(number(row["again_ms"]["median"]))
             if floor:
                 cells.append(number(spread["median"] / floor))
-            cells.append(_over(spread["median"], ours))
-            lines.append([*cells, _gib(row)] if has_peak else cells)
-        return _table(header, lines)
+            cells.append(over(spread["median"], ours))
+            lines.append([*cells, gib(row)] if has_peak else cells)
+        return write_table(header, lines)
 
-    return _titled(record, write)
+    return titled(record, write)
 
 
 def _layer(record: Json) -> str:
@@ -137,14 +118,14 @@ def _layer(record: Json) -> str:
         lines = []
         for row in table["rows"]:
             if row["reason"] is not None:
-                lines.append([_name(row), *_reason(row, len(header))])
+                lines.append([name_cell(row), *reason_cells(row, len(header))])
                 continue
             both = row["forward_backward_ms"]["median"]
             forward = number(row["forward_ms"]["median"])
-            lines.append([_name(row), forward, number(both), _over(both, ours), _gib(row)])
-        return _table(header, lines)
+            lines.append([name_cell(row), forward, number(both), over(both, ours), gib(row)])
+        return write_table(header, lines)
 
-    return _titled(record, write)
+    return titled(record, write)
 
 
 def _lengths(record: Json) -> str:
@@ -162,8 +143,8 @@ def _lengths(record: Json) -> str:
                 lines.append([f"{table['tokens_real']:,}", reason, "", "", ""])
                 continue
             cells = (number(ours), number(min(floors)), number(ours / min(floors)))
-            lines.append([f"{table['tokens_real']:,}", *cells, _gib(found[names.PADLESS])])
-        blocks.append(f"*{kind}*\n\n{_table(header, lines)}")
+            lines.append([f"{table['tokens_real']:,}", *cells, gib(found[names.PADLESS])])
+        blocks.append(f"*{kind}*\n\n{write_table(header, lines)}")
     return "\n\n".join(blocks)
 
 
@@ -181,7 +162,7 @@ def _kernels(record: Json) -> str:
             cells.append(" / ".join(f"{rate:.0f}" for rate in rates) or "-")
         lines.append(cells)
     blocks = [
-        "*attention: TFLOP/s, forward / forward + backward*\n\n" + _table(header, lines),
+        "*attention: TFLOP/s, forward / forward + backward*\n\n" + write_table(header, lines),
         *_refusals(attention),
     ]
     for table in rotary:
@@ -189,11 +170,13 @@ def _kernels(record: Json) -> str:
         lines = []
         for row in table["rows"]:
             if row["reason"] is not None:
-                lines.append([_name(row), *_reason(row, 4)])
+                lines.append([name_cell(row), *reason_cells(row, 4)])
                 continue
             ms = row["forward_ms"]["median"]
-            lines.append([_name(row), number(ms), number(row["forward_gb_s"]), _over(ms, copy_ms)])
-        body = _table(("set-up", "forward ms", "GB/s", "over a copy"), lines)
+            lines.append(
+                [name_cell(row), number(ms), number(row["forward_gb_s"]), over(ms, copy_ms)]
+            )
+        body = write_table(("set-up", "forward ms", "GB/s", "over a copy"), lines)
         blocks.append(f"*{table['case']}*\n\n{body}")
     return "\n\n".join(blocks)
 
@@ -201,7 +184,7 @@ def _kernels(record: Json) -> str:
 def _refusals(tables: Sequence[Json]) -> list[str]:
     """Says why rows have no figures, each reason once."""
     reasons = {row["name"]: row["reason"] for table in tables for row in table["rows"]}
-    found = [f"- {name}: {_plain(reason)}" for name, reason in reasons.items() if reason]
+    found = [f"- {name}: {plain(reason)}" for name, reason in reasons.items() if reason]
     return ["\n".join(found)] if found else []
 
 
@@ -211,12 +194,12 @@ def _syncs(record: Json) -> str:
         shown = [key for key in _COUNTS if any(key in row for row in table["rows"])]
         header = ["set-up", *(key.replace("_", " ") for key in shown)]
         lines = [
-            [_name(row), *_reason(row, len(header))]
+            [name_cell(row), *reason_cells(row, len(header))]
             if row["reason"] is not None
-            else [_name(row), *(str(row.get(key, "")) for key in shown)]
+            else [name_cell(row), *(str(row.get(key, "")) for key in shown)]
             for row in table["rows"]
         ]
-        blocks.append(f"*{table['case']}*\n\n{_table(header, lines)}")
+        blocks.append(f"*{table['case']}*\n\n{write_table(header, lines)}")
     return "\n\n".join(blocks)
 
 
@@ -229,7 +212,7 @@ def _losscurve(record: Json) -> str:
         difference = table["difference"]
         if difference is None:
             reasons = [row["reason"] for row in table["rows"] if row["reason"]]
-            lines.append([table["case"], _plain(reasons[0]), *[""] * 6])
+            lines.append([table["case"], plain(reasons[0]), *[""] * 6])
             continue
         stock, patched = (row["losses"] for row in table["rows"])
         same = difference["same_weights"]
@@ -246,7 +229,7 @@ def _losscurve(record: Json) -> str:
             ]
         )
     model = {table["model"] for table in record["tables"]}
-    return f"*{', '.join(sorted(model))}*\n\n{_table(header, lines)}"
+    return f"*{', '.join(sorted(model))}*\n\n{write_table(header, lines)}"
 
 
 def _from_float32(record: Json, losses: Sequence[float]) -> str:
@@ -259,30 +242,6 @@ def _from_float32(record: Json, losses: Sequence[float]) -> str:
     return ""
 
 
-def _name(row: Json) -> str:
-    name = str(row["name"])
-    return f"**{name}**" if name.startswith("padless") else name
-
-
-def _reason(row: Json, columns: int) -> list[str]:
-    return [_plain(row["reason"]), *[""] * (columns - 2)]
-
-
-def _plain(reason: str) -> str:
-    """Shortens an error to what a reader of a table needs."""
-    text = reason.replace("|", "/")
-    return text if len(text) <= 90 else text[:87] + "..."
-
-
-def _over(ms: float, other: float | None) -> str:
-    return number(ms / other) if other else ""
-
-
-def _gib(row: Json) -> str:
-    peak = row.get("peak_bytes")
-    return f"{peak / 2**30:.1f}" if peak else ""
-
-
 _COUNTS = (
     "host_syncs_a_forward",
     "graph_breaks",
@@ -291,6 +250,7 @@ _COUNTS = (
 )
 _SCRIPTS: dict[str, Callable[[Json], str]] = {
     "step": _step,
+    "generation": write_generation,
     "layer": _layer,
     "lengths": _lengths,
     "kernels": _kernels,

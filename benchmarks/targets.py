@@ -141,6 +141,26 @@ def _step(record: Json) -> Iterator[_Finding]:
         yield _Finding("P12", measure, over, at_least=3.0)
 
 
+def _generation(record: Json) -> Iterator[_Finding]:
+    for table in record["tables"]:
+        if table["key"] not in ("p7", "p7-fixed"):
+            continue
+        case = "new lengths" if table["new_lengths"] else "one shape"
+        ours = median_ms(table, names.PADLESS, "decode_ms")
+        floor = _divide(ours, table["decode_floor_ms"])
+        yield _Finding("P7", f"a decoded token over the floor; {case}", floor, at_most=2.2)
+        yield _Finding("P7", f"the same, the record to go for; {case}", floor, at_most=1.9)
+        best = least_ms(table, names.GENERATION_PEERS, "prefill_ms")
+        first = _divide(median_ms(table, names.PADLESS, "prefill_ms"), best)
+        yield _Finding("P7", f"first token over the best peer's; {case}", first, at_most=1.0)
+        if not table["new_lengths"]:
+            continue
+        for name, bound in ((names.SDPA_NO_CUDNN, 3.5), (names.SDPA, 18.0)):
+            times = ratio(table, name, names.PADLESS, "decode_ms")
+            measure = f"a decoded token, {name} over ours; {case}"
+            yield _Finding("P7", measure, times, at_least=bound)
+
+
 def _syncs(record: Json) -> Iterator[_Finding]:
     for table in tables_with(record, "host synchronisations"):
         found = row(table, names.PADLESS) or {}
@@ -212,6 +232,7 @@ def _divide(one: float | None, other: float | None) -> float | None:
 _SCRIPTS: dict[str, Callable[[Json], Iterator[_Finding]]] = {
     "layer": _layer,
     "step": _step,
+    "generation": _generation,
     "syncs": _syncs,
     "lengths": _lengths,
     "cpu_step": _cpu_step,

@@ -11,7 +11,8 @@ import logging
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,11 +81,7 @@ def measure(
     _logger.info("timing %d variants", len(turns))
     order = random.Random(seed)
     start = time.perf_counter()
-    # Collected between the rounds and not in a turn; what lives longer is not looked at.
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
+    with without_collections():
         for index in range(max_rounds):
             gc.collect()
             elapsed = time.perf_counter() - start
@@ -92,13 +89,23 @@ def measure(
             if index and (elapsed > 3 * seconds or (index >= min_rounds and elapsed > seconds)):
                 break
             _round(turns, clock, draw(warmup + index), index, repeats, inference, order)
-    finally:
-        gc.enable()
-        gc.unfreeze()
     for timing in timings.values():
         if timing.reason is None and not timing.samples:
             timing.reason = "no turn in the time there was"
     return list(timings.values())
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Keeps Python's collector out of turns for a while; what is alive now is not looked at."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -140,9 +147,9 @@ def _warm_up(
                 turn.marks.clear()
         _read(turn, clock)
     except Exception as error:
-        _give_up(timing, error)
+        give_up(timing, error)
     if timing.reason is not None:
-        _free()
+        free_memory()
         return None
     return turn
 
@@ -175,17 +182,17 @@ def _round(
         try:
             _take(turn, clock, batch, repeats, inference)
         except Exception as error:
-            _give_up(turn.timing, error)
+            give_up(turn.timing, error)
         if turn.timing.reason is not None:
             # Not above: the error's traceback holds on to tensors.
             turn.batch = turn.inputs = None
-            _free()
+            free_memory()
     for turn in turns:
         try:
             clock.settle()
             _read(turn, clock)
         except Exception as error:
-            _give_up(turn.timing, error)
+            give_up(turn.timing, error)
 
 
 def _take(
@@ -254,7 +261,8 @@ def _read(turn: _Turn, clock: Clock) -> None:
         turn.timing.samples.setdefault(measure_name, []).append(elapsed)
 
 
-def _give_up(timing: Timing, error: Exception) -> None:
+def give_up(timing: Timing, error: Exception) -> None:
+    """Makes an error the reason of a row that will have no figures."""
     if timing.reason is None:
         timing.reason = _in_one_line(error)
         _logger.warning("%s: %s", timing.name, timing.reason)
@@ -270,7 +278,8 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:240]
 
 
-def _free() -> None:
+def free_memory() -> None:
+    """Gives back what nobody holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         try:

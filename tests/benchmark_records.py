@@ -79,6 +79,41 @@ def step_record() -> dict[str, Any]:
     )
 
 
+def generated(name: str, prefill_ms: float, decode_ms: float, **facts: Any) -> Timing:
+    measures = {"prefill": prefill_ms, "decode": decode_ms}
+    samples = {key: [value * f for f in (0.99, 1.0, 1.02)] for key, value in measures.items()}
+    made = {"same_first_tokens": 0.875, "over_weights_bytes": 3 * 2**29, **facts}
+    return Timing(name, samples=samples, peak_bytes=6 * 2**30, facts=made)
+
+
+def generation_record() -> dict[str, Any]:
+    new = [
+        generated(names.SDPA, 122.0, 55.1),
+        generated(names.SDPA_NO_CUDNN, 101.0, 11.9),
+        generated(names.FA4, 114.0, 13.5),
+        generated(names.PADLESS, 61.0, 2.44),
+        generated(
+            names.PADLESS_TORCH, 70.0, 9.0, left_to_transformers={"a call behind a cache": 64}
+        ),
+        Timing(names.CONTINUOUS, reason="RuntimeError: its thread ended"),
+    ]
+    fixed = [
+        generated(names.SDPA, 99.0, 12.0),
+        generated(names.SDPA_STATIC_COMPILED, 95.0, 3.1),
+        generated(names.PADLESS, 96.0, 2.8),
+    ]
+    facts = {"tokens": 64, "decode_floor_ms": 1.34, "flops": None, "tokens_padded": None}
+    facts |= {"cache_bytes_real": 2**28, "cache_bytes_padded": 2**29, "tokens_real": None}
+    return record(
+        "generation",
+        [
+            table("16 x 1024, 45 % real, new lengths", new, key="p7", new_lengths=True, **facts),
+            table("16 x 1024, 45 % real", fixed, key="p7-fixed", new_lengths=False, **facts),
+            table("64 x 128, 45 % real", fixed[:1], key="64x128", new_lengths=False, **facts),
+        ],
+    )
+
+
 def layer_record() -> dict[str, Any]:
     cases = {
         "MHA, 8 x 2048, 47 % real": (16.8, 15.9, 5.19, 5.41),
@@ -185,6 +220,7 @@ def losscurve_record() -> dict[str, Any]:
 def all_records() -> list[dict[str, Any]]:
     return [
         cpu_step_record(),
+        generation_record(),
         kernels_record(),
         layer_record(),
         lengths_record(),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import json
 import random
 import sys
-import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,8 @@ from benchmarks.timing import measure
 from benchmarks.variant import Timing, Variant, WrongNumbersError
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmark_runs import HandClock, smoke_record
+
 # What a machine without a GPU has of each script's rows.
 ON_CPU = {
     "layer": {
@@ -46,21 +45,6 @@ ON_CPU = {
     "syncs": {names.SDPA, names.PADLESS, names.PADLESS_TORCH},
     "losscurve": {names.SDPA, names.PADLESS},
 }  # fmt: skip
-
-
-@functools.cache
-def smoke_record(script: str) -> str:
-    """Runs a script once, whatever asks for its record; returns the file's text."""
-    arguments = ["--smoke", "--device", "cpu", "--commit", "c0ffee"]
-    if script not in ("syncs", "losscurve"):
-        arguments += ["--seconds", "0.2"]
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *arguments, "--out", folder])
-        importlib.import_module(f"benchmarks.{script}").main()
-        (path,) = Path(folder).glob(f"{script}-*.json")
-        text = path.read_text(encoding="utf-8")
-        assert folder not in text
-    return text
 
 
 @pytest.mark.parametrize("script", ON_CPU)
@@ -151,20 +135,6 @@ def test_losscurve_of_patched_model_is_the_same() -> None:
 
 
 # --- timing
-
-
-class HandClock(Clock):
-    """A clock that stands still unless somebody moves it on."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-        self.now = 0.0
-
-    def mark(self) -> float:
-        return self.now
-
-    def elapsed_ms(self, start: float, end: float) -> float:
-        return end - start
 
 
 def _quick(

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 from benchmarks import names, render
+from benchmarks.markdown import number
 from benchmarks.results_folder import load
-from benchmarks.tables import number, sections
+from benchmarks.tables import sections
 from benchmarks.targets import judge
 
 from benchmark_records import (
     all_records,
     cpu_step_record,
+    generation_record,
     layer_record,
     lengths_record,
     losscurve_record,
@@ -63,6 +65,22 @@ def test_page_shows_the_numbers_of_the_records(folder: Path) -> None:
     assert "2026-01-02, commit abcdef123456. `python -m benchmarks.step`" in page
 
 
+def test_page_shows_generation(folder: Path) -> None:
+    page = render.fill(PAGE.read_text(encoding="utf-8"), load(folder / "results"))
+
+    ours = "| **padless** | 61.0 | 1.00 | 2.44 | 2.43 to 2.47 | 1.82 | 1.00 | 88 % | 1.5 |"
+    assert ours in page
+    assert (
+        "| transformers sdpa (default) | 122 | 2.00 | 55.1 | 54.8 to 55.8 | 41.1 | 22.6 |" in page
+    )
+    assert "| transformers continuous batching | RuntimeError: its thread ended |" in page
+    assert "64 tokens behind the first; reading the weights takes 1.34 ms" in page
+    assert "keys and values of all 0.25 GiB, with padding 0.50 GiB" in page
+    left = "64 forwards of the first turn left to transformers: a call behind a cache"
+    assert page.count(left) == 1
+    assert f"- padless, torch alone: {left}" in page
+
+
 def test_page_changes_with_a_number(folder: Path) -> None:
     records = load(folder / "results")
     before = sections(records)
@@ -85,7 +103,7 @@ def test_render_writes_page_and_plots(folder: Path, capsys: pytest.CaptureFixtur
 
     page = (folder / "performance.md").read_text(encoding="utf-8")
     plots = sorted(path.name for path in (folder / "img").iterdir())
-    assert len(plots) == 6
+    assert len(plots) == 7
     for plot in plots:
         assert f"(img/{plot})" in page
         assert (folder / "img" / plot).read_bytes().startswith(b"\x89PNG")
@@ -105,6 +123,18 @@ def test_plots_show_every_row_that_has_numbers(tmp_path: Path) -> None:
     assert " 134 ms, 1.56 x floor" in labels
     assert " 912 ms, 300 ms when met again" in labels
     assert "floor 86 ms" in labels
+
+
+@pytest.mark.requires("matplotlib")
+def test_plot_of_generation_shows_every_row_that_has_numbers() -> None:
+    from benchmarks.plots_generation import plot_generation
+
+    figure = plot_generation(generation_record())
+    shown = [text.get_text() for axis in figure.axes for text in axis.get_yticklabels()]
+    rows = [row for table in generation_record()["tables"] for row in table["rows"]]
+    assert sorted(shown) == sorted(row["name"] for row in rows if row["reason"] is None)
+    labels = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert " 2.44 ms, 1.82 x floor; first token 61 ms" in labels
 
 
 def test_page_without_records_names_the_commands(tmp_path: Path) -> None:
@@ -191,6 +221,41 @@ def test_targets_turn_with_the_numbers() -> None:
     apart["tables"][0]["difference"]["runs"]["largest"] = 2e-4
     apart["tables"][1]["difference"]["same_weights"]["mean"] = 1e-6
     assert _met(apart, "curve") == [False, False]
+
+
+def test_targets_of_generation_are_judged_by_the_record() -> None:
+    made = generation_record()
+    assert _met(made, "P7", "over the floor; new lengths") == [True]
+    assert _met(made, "P7", "record to go for; new lengths") == [True]
+    assert _met(made, "P7", "over the floor; one shape") == [True]
+    assert _met(made, "P7", "record to go for; one shape") == [False]
+    assert _met(made, "P7", "first token over the best peer's; new lengths") == [True]
+    # 96 ms, and 95 of the compiled peer.
+    assert _met(made, "P7", "first token over the best peer's; one shape") == [False]
+    assert _met(made, "P7", f"{names.SDPA_NO_CUDNN} over ours") == [True]
+    assert _met(made, "P7", f"{names.SDPA} over ours") == [True]
+    assert len(_met(made, "P7")) == 8, "other batches have no targets"
+
+
+@pytest.mark.parametrize(
+    ("name", "measure", "ms", "part"),
+    [
+        (names.PADLESS, "decode_ms", 2.6, "record to go for; new lengths"),
+        (names.PADLESS, "decode_ms", 3.0, "over the floor; new lengths"),
+        (names.PADLESS, "prefill_ms", 101.1, "first token over the best peer's; new lengths"),
+        (names.SDPA_NO_CUDNN, "decode_ms", 8.5, f"{names.SDPA_NO_CUDNN} over ours"),
+        (names.SDPA, "decode_ms", 43.0, f"{names.SDPA} over ours"),
+    ],
+)
+def test_targets_of_generation_turn_with_the_numbers(
+    name: str, measure: str, ms: float, part: str
+) -> None:
+    made = generation_record()
+    (row,) = (row for row in made["tables"][0]["rows"] if row["name"] == name)
+    row[measure]["median"] = ms
+    assert _met(made, "P7", part) == [False]
+    row["reason"] = "ImportError"
+    assert _met(made, "P7", part) == [None]
 
 
 def test_target_without_numbers_is_not_measured() -> None:
