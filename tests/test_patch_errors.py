@@ -97,8 +97,8 @@ def test_numbers_that_differ_are_refused_before_anything_changes(
 ) -> None:
     from padless.unpadded import layer, proof
 
-    sound = layer.varlen_attention
-    monkeypatch.setattr(layer, "varlen_attention", lambda *a, **k: 1.01 * sound(*a, **k))
+    sound = layer.run
+    monkeypatch.setattr(layer, "run", lambda *a, **k: 1.01 * sound(*a, **k))
     monkeypatch.setattr(proof, "_proven", set())
     before, forward = _state(model), LlamaModel.forward
     with pytest.raises(padless.EngagementError, match="got the loss off by") as caught:
