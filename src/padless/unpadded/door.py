@@ -85,7 +85,7 @@ def causal_lm_forward(
         if ledger is None:
             return inner_of(self)(*args, **kwargs)
         arguments = _named(stock, args, kwargs)
-        session = current_session(self)
+        session = _current_session(self)
         if session is not None:
             served = session.serve(arguments, ledger)
             if served is not None:
@@ -118,6 +118,7 @@ def causal_lm_forward(
 # What torch.compile has to leave alone: it waits for the device, and each batch is another.
 _flatten_call = torch._dynamo.disable(flatten_call)
 _pad_outputs = torch._dynamo.disable(pad_outputs)
+_current_session = torch._dynamo.disable(current_session)
 
 
 def _run_eagerly(forward: Forward) -> Forward:
