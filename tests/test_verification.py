@@ -104,10 +104,29 @@ def test_error_of_the_unpatched_model_is_the_larger_one_of_its_runs() -> None:
     lucky, usual = torch.full((4,), 1e-4), torch.tensor([1e-3, 0.0, 0.0, 3e-3])
     baseline = measure.Baseline.of([(lucky, truth), (usual, truth)])
     assert baseline == pytest.approx((1.58e-3, 3e-3), rel=1e-2)
-    assert measure.judge("as usual", [(usual * 1.9, truth, baseline)]).passed
-    assert not measure.judge("worse", [(usual * 2.1, truth, baseline)]).passed
+
+    def judge(error: torch.Tensor, baseline: measure.Baseline) -> bool:
+        return measure.judge("gradients", {"q": (error, truth, baseline)}).passed
+
+    assert judge(usual * 1.9, baseline)
+    assert not judge(usual * 2.1, baseline)
     one_off = torch.tensor([0.0, 0.0, 0.0, 9.1e-3])
-    assert not measure.judge("one number", [(one_off, truth, baseline._replace(rms=1.0))]).passed
+    assert not judge(one_off, baseline._replace(rms=1.0))
+
+
+def test_check_names_the_tensor_that_decided() -> None:
+    truth, error, own = torch.zeros(4), torch.full((4,), 1e-3), measure.Baseline(1e-3, 1e-3)
+    found = measure.judge(
+        "gradients",
+        {
+            "0.q_proj.weight": (error, truth, own),
+            "1.k_proj.weight": (2.5 * error, truth, own),
+            "1.v_proj.weight": (1.5 * error, truth, own),
+        },
+    )
+    assert not found.passed
+    assert found.tensor == "1.k_proj.weight"
+    assert found.detail.startswith("1.k_proj.weight: RMS error 2.50e-03")
 
 
 def test_names_of_the_checks_cover_the_verdict() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -199,19 +199,19 @@ class Baseline(NamedTuple):
         return cls(max(map(_rms, errors)), max(map(_max, errors)))
 
 
-def judge(name: str, tensors: list[tuple[Tensor, Tensor, Baseline]]) -> Check:
+def judge(name: str, tensors: Mapping[str, tuple[Tensor, Tensor, Baseline]]) -> Check:
     """Judges tensors by error budget: RMS at most twice, maximum three times the stock model's.
 
     Args:
         name: of the check.
-        tensors: (patched, truth, the stock model's error); the worst of them decides.
+        tensors: by name, (patched, truth, the stock model's error); the worst of them decides.
 
     Note:
         Every tensor has its own budget. A fault in one layer would drown in a common one. What
         half precision adds is in the unpatched error, so that the floor is float32's for all.
     """
     checks = []
-    for got, truth, baseline in tensors:
+    for tensor, (got, truth, baseline) in tensors.items():
         truth = truth.double()
         error, stock_rms = got.double() - truth, baseline.rms
         rms = _rms(error)
@@ -222,7 +222,8 @@ def judge(name: str, tensors: list[tuple[Tensor, Tensor, Baseline]]) -> Check:
             Check(
                 name=name,
                 passed=passed,
-                detail=f"RMS error {rms:.2e} (unpatched {stock_rms:.2e}, "
+                tensor=tensor,
+                detail=f"{tensor}: RMS error {rms:.2e} (unpatched {stock_rms:.2e}, "
                 f"allowed {rms_budget:.2e}), largest {largest:.2e} (allowed {max_budget:.2e})",
                 rms_error=rms,
                 rms_budget=rms_budget,

@@ -19,6 +19,8 @@ class Check:
         max_error: the largest error.
         max_budget: three times the unpatched model's own, plus roundings.
         stock_rms_error: the unpatched model's own, in the same dtype.
+        tensor: the one that decided, where numbers were compared: the one nearest to its budget or
+            furthest above it. Gradients are named by layer, "28.v_proj.weight".
     """
 
     name: str
@@ -29,6 +31,7 @@ class Check:
     max_error: float | None = None
     max_budget: float | None = None
     stock_rms_error: float | None = None
+    tensor: str | None = None
 
 
 @dataclass(frozen=True)

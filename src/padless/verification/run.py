@@ -151,13 +151,13 @@ class _Run:
             for batch in self.batches:
                 _, truth = self.logits[batch.side]
                 got = measure.real_logits(self.model, batch)
-                judged = [(got, truth, self.logits_error)]
+                judged = {"logits": (got, truth, self.logits_error)}
                 checks.append(measure.judge(f"logits, {batch.side} pad", judged))
             self._stage(f"{path} path: gradients")
             for batch in self.batches:
                 _, truths = self.gradients[batch.side]
                 grads = measure.training_step(self.model, batch)
-                judged = [(grads[n], truths[n], self.gradient_errors[n]) for n in truths]
+                judged = {n: (grads[n], truths[n], self.gradient_errors[n]) for n in truths}
                 checks.append(measure.judge(f"gradients, {batch.side} pad", judged))
             self._stage(f"{path} path: {self.new_tokens} greedy tokens")
             checks.append(self._check_greedy())
