@@ -142,5 +142,5 @@ def test_what_a_step_is_refused_for(changed: dict[str, Any], reason: str | None)
         **changed,
     }
     store: Any = _Store()
-    given = step_reason(step, store, has_mask=True)
+    given = step_reason(step, store, rows=2, has_mask=True)
     assert (given is None) if reason is None else (reason in str(given))

@@ -13,6 +13,7 @@ import padless
 from golden.generating import IS_FAST, REAL, check_cache, check_fast, generate
 from golden.models import HEADS, VERSION, batch, build_model
 from padless.generation import store as stores
+from padless.unpadded import ended, session
 
 pytestmark = pytest.mark.case("generate")
 
@@ -124,6 +125,88 @@ def test_rows_end_early() -> None:
         got = generate(model, **options)
         check_fast(handle.report(), steps=want.shape[1] - 14, prompt=REAL["left"])
     assert torch.equal(got, want)
+
+
+def _ends_of_two_rows(model: Any, **options: Any) -> list[int]:
+    """Finds ids that end the second and third row early, and the first not at all."""
+    plain = generate(model, new=40, **options)[:, 13:].tolist()
+    ends = []
+    for row, earliest in ((1, 2), (2, 7)):
+        ends.append(next(t for t in plain[row][earliest:30] if t not in plain[0]))
+    return ends
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 20}, {"repetition_penalty": 1.3}],
+    ids=["greedy", "sampled", "processors"],
+)
+def test_rows_that_have_ended_are_left_out(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ended, "_ASK_EVERY", 4)
+    model = build_model()
+    options = {**options, "new": 40, "eos_token_id": _ends_of_two_rows(model, **options)}
+    want = generate(model, **options)
+    assert want.shape[1] == 53 and (want[1:, -10:] == 0).all()
+    rows = []
+    with padless.patch(model) as handle:
+        model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // 64))
+        got = generate(model, **options)
+        report = handle.report()
+    assert torch.equal(got, want)
+    assert report.rows_left_out == (2 if IS_FAST else 0)
+    if IS_FAST:
+        assert rows[0] == 3 and rows[-1] == 1
+        assert "2 rows were left out of steps behind their end" in str(report)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"logits_processor": [lambda ids, scores: scores]},
+        {"num_beams": 2},
+    ],
+    ids=["returned", "processor", "beams"],
+)
+def test_rows_that_somebody_reads_behind_their_end_are_kept(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ended, "_ASK_EVERY", 4)
+    model = build_model()
+    options = {**options, "new": 40, "eos_token_id": _ends_of_two_rows(model)}
+    want = generate(model, **options)
+    with padless.patch(model) as handle:
+        got = generate(model, **options)
+        assert handle.report().rows_left_out == 0
+    if "output_scores" in options:
+        for a, b in zip(got.scores, want.scores, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        got, want = got.sequences, want.sequences
+    assert torch.equal(got, want)
+
+
+def test_a_cache_looked_into_after_rows_were_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ended, "_ASK_EVERY", 4)
+    model = build_model()
+    options = {"new": 40, "eos_token_id": _ends_of_two_rows(model)}
+    want = generate(model, **options)
+    step = session.Session._step
+    looks = []
+
+    def look(self: Any, arguments: Any) -> Any:
+        if self.steps == 30:
+            looks.append(arguments["past_key_values"].layers[0].keys.shape[0])
+        return step(self, arguments)
+
+    monkeypatch.setattr(session.Session, "_step", look)
+    with padless.patch(model) as handle:
+        got = generate(model, **options)
+        notes = handle.report().generation_notes
+    assert torch.equal(got, want)
+    if IS_FAST and Version("4.55") <= VERSION:
+        assert looks == [3] and notes == {"the cache was looked into": 1}
 
 
 def test_calls_of_other_shapes_follow_each_other() -> None:

@@ -89,10 +89,18 @@ def _ragged(plain: Any) -> Any:
         return int(self.__dict__[_STORE].columns)
 
     def reorder_cache(self: Any, beam_idx: Tensor) -> None:
-        self.__dict__[_STORE].select_rows(beam_idx)
+        store = self.__dict__[_STORE]
+        if not store.is_whole:
+            settle(self)
+            return self.reorder_cache(beam_idx)
+        store.select_rows(beam_idx)
 
     def batch_repeat_interleave(self: Any, repeats: int) -> None:
-        self.__dict__[_STORE].copy_rows(repeats)
+        store = self.__dict__[_STORE]
+        if not store.is_whole:
+            settle(self)
+            return self.batch_repeat_interleave(repeats)
+        store.copy_rows(repeats)
 
     def __getattribute__(self: Any, name: str) -> Any:
         if name in body or name in _HARMLESS or (name.startswith("__") and name.endswith("__")):

@@ -58,11 +58,24 @@ class RaggedStore:
         self._places += row * self.capacity
         # Which row of the prompt each row goes on from; None before rows are moved.
         self._origin: Tensor | None = None
+        # Which row of the whole each row is, and how many there are; None while none is left out.
+        self._within: tuple[Tensor, int] | None = None
 
     @property
     def batch(self) -> int:
         """How many rows there are."""
         return int(self.rows.lengths.shape[0])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no row was left out."""
+        return self._within is None
+
+    @property
+    def filled_bytes(self) -> int:
+        """What the keys and values of all rows take, if each were as long as the longest may be."""
+        held = [x for buffers in self.layers if buffers is not None for x in buffers]
+        return sum(x[0, 0].numel() * x.element_size() for x in held) * self.longest * self.batch
 
     def put_prompt(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
         """Keeps the prompt's keys and values of a layer.
@@ -171,6 +184,16 @@ class RaggedStore:
         device = self.rows.lengths.device
         self.select_rows(torch.arange(self.batch, device=device).repeat_interleave(copies))
 
+    def leave_out(self, indices: Tensor) -> None:
+        """Keeps these rows alone; the padded form has zeros at all others from here on.
+
+        Args:
+            indices: int64 `(kept,)`, rising.
+        """
+        old, whole = self._within or (None, self.batch)
+        self.select_rows(indices)
+        self._within = (indices if old is None else old.index_select(0, indices), whole)
+
     def padded(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         """Gives a layer's keys and values as transformers keeps them, zeros at padding.
 
@@ -186,11 +209,19 @@ class RaggedStore:
             for buffer in buffers
         )
         hidden = ~real[..., None, None]
-        return k.masked_fill(hidden, 0).transpose(1, 2), v.masked_fill(hidden, 0).transpose(1, 2)
+        k, v = (self._whole(x.masked_fill(hidden, 0)).transpose(1, 2) for x in (k, v))
+        return k, v
 
     def release(self) -> None:
         """Lets go of all buffers."""
         self.layers = [None] * len(self.layers)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Puts rows where they are of the whole; zeros where rows were left out."""
+        if self._within is None:
+            return x
+        kept, rows = self._within
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, kept, x)
 
     def _padded_places(self) -> tuple[Tensor, Tensor]:
         """Says which slots of the padded form are real, and which slots here they come from."""

@@ -55,7 +55,14 @@ def generate_with_session(
             return inner(*args, **kwargs)
         asked = _asked(stock, args, kwargs)
         refusal = ledger.generation_fault or _refusal(self, asked)
-        session = Session(self, era, _most_tokens(self, asked), refusal, _copies(self, asked))
+        session = Session(
+            self,
+            era,
+            _most_tokens(self, asked),
+            refusal,
+            _copies(self, asked),
+            _end_tokens(self, asked),
+        )
         result = None
         with session.in_force():
             try:
@@ -112,3 +119,30 @@ def _copies(model: Any, asked: dict[str, Any]) -> int:
     found = (_value(model, asked, name) for name in ("num_beams", "num_return_sequences"))
     # What is no number is for transformers to refuse.
     return max(1, *(n if isinstance(n, int) else 1 for n in found))
+
+
+# What is computed of a row behind its end is somebody's then: in beams, in what is returned, or in
+# what a processor of the caller's keeps.
+_READS_ENDED_ROWS = (
+    "return_dict_in_generate", "output_scores", "output_logits", "constraints", "logits_processor",
+)  # fmt: skip
+
+
+def _end_tokens(model: Any, asked: dict[str, Any]) -> tuple[int, ...]:
+    """Reads after which tokens a row has ended and its further ones are padding; none if unsure."""
+    if any(_value(model, asked, name) for name in _READS_ENDED_ROWS):
+        return ()
+    beams = _value(model, asked, "num_beams")
+    if isinstance(beams, int) and beams > 1:
+        return ()
+    # As generate finds them, where there is one place to look alone: whether it goes on to the
+    # model's own, if a config of the call's has none, depends on the version.
+    if "eos_token_id" in asked:
+        found = asked["eos_token_id"]
+    else:
+        config = asked.get("generation_config") or getattr(model, "generation_config", None)
+        found = getattr(config, "eos_token_id", None)
+    if isinstance(found, Tensor):
+        found = found.tolist()
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return tuple(found) if all(type(each) is int for each in found) else ()

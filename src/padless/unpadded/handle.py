@@ -46,6 +46,7 @@ class PatchReport:
         decoding_steps: further tokens, one for each row, that such calls computed behind it.
         decoding_backends: such steps by the backend that attended.
         graph_replays: those of the steps that were a replay of a CUDA graph.
+        rows_left_out: rows of such calls that had ended and that their last steps did not compute.
         generation_notes: why `generate` calls, or their steps, did without, by reason.
     """
 
@@ -65,6 +66,7 @@ class PatchReport:
     decoding_steps: int = 0
     decoding_backends: dict[str, int] = field(default_factory=dict)
     graph_replays: int = 0
+    rows_left_out: int = 0
     generation_notes: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -92,6 +94,8 @@ class PatchReport:
                 f"({', '.join(self.decoding_backends) or 'none yet'}), "
                 f"{self.graph_replays} by a CUDA graph"
             )
+            if self.rows_left_out:
+                lines.append(f"  {self.rows_left_out} rows were left out of steps behind their end")
         lines += [f"  {n} generate: {reason}" for reason, n in self.generation_notes.items()]
         return "\n".join(lines)
 
@@ -149,6 +153,7 @@ class PatchHandle:
             decoding_steps=ledger.decoding_steps,
             decoding_backends=dict(ledger.decoding_backends),
             graph_replays=ledger.graph_replays,
+            rows_left_out=ledger.rows_left_out,
             generation_notes=dict(ledger.generation_notes),
         )
 

@@ -42,6 +42,7 @@ class Ledger:
         self.decoding_steps = 0
         self.decoding_backends: Counter[str] = Counter()
         self.graph_replays = 0
+        self.rows_left_out = 0
         self.generation_notes: Counter[str] = Counter()
         self.layers: dict[str, Counter[str]] = {}
         self.traces: dict[str, tuple[Candidate, ...]] = {}
@@ -85,7 +86,7 @@ class Ledger:
             level = logging.INFO if is_usual else logging.WARNING
             _logger.log(level, "%s takes transformers' own path, padding and all", reason)
 
-    def count_generation(self, backend: str, *, steps: int, replays: int) -> None:
+    def count_generation(self, backend: str, *, steps: int, replays: int, left_out: int) -> None:
         """Counts a `generate` call whose prompt and steps ran on real tokens only."""
         with self._lock:
             self.generations += 1
@@ -93,6 +94,7 @@ class Ledger:
             if steps:
                 self.decoding_backends[backend] += steps
             self.graph_replays += replays
+            self.rows_left_out += left_out
 
     def note_generation(self, reason: str) -> None:
         """Counts why a `generate` call, or a part of it, did without; says so the first time."""

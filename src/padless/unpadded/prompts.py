@@ -90,18 +90,20 @@ def read_prompt(arguments: dict[str, Any], copies: int) -> tuple[bool, int]:
     return ends_real, copies if may_be_copies and all(found) else 1
 
 
-def step_reason(arguments: dict[str, Any], store: RaggedStore, *, has_mask: bool) -> str | None:
+def step_reason(
+    arguments: dict[str, Any], store: RaggedStore, *, rows: int, has_mask: bool
+) -> str | None:
     """Says why a forward behind the cache is not its next step; None if it is."""
     ids = arguments.get("input_ids")
-    if ids is None or ids.shape != (store.batch, 1):
+    if ids is None or ids.shape != (rows, 1):
         return "not one token a row behind the cache"
     mask = arguments.get("attention_mask")
     if (mask is not None) != has_mask:
         return "a mask that comes or goes between steps"
-    if mask is not None and mask.shape != (store.batch, store.columns + 1):
+    if mask is not None and mask.shape != (rows, store.columns + 1):
         return "a mask that is not the prompt's with ones behind it"
     positions = arguments.get("position_ids")
-    if positions is not None and positions.shape not in ((store.batch, 1), (1, 1)):
+    if positions is not None and positions.shape not in ((rows, 1), (1, 1)):
         return "position_ids that are not (batch, 1)"
     for name, value in arguments.items():
         if name not in _KNOWN and value is not None and value is not False:

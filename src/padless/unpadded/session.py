@@ -24,6 +24,7 @@ from padless.hf.eras import Era
 from padless.layout import VarlenLayout
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.call import flatten_prompt
+from padless.unpadded.ended import EndedRows
 from padless.unpadded.ledger import Ledger
 from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, read_prompt, step_reason
 
@@ -48,10 +49,17 @@ class Session:
         most: tokens that a row may come to have at most; None if not known.
         refusal: why the call is to be left to transformers from the start; None if it is not.
         copies: rows that `generate` makes of each prompt.
+        end_tokens: ids after which nobody is given what is computed of a row; none if not known.
     """
 
     def __init__(
-        self, head: Any, era: Era, most: int | None, refusal: str | None, copies: int
+        self,
+        head: Any,
+        era: Era,
+        most: int | None,
+        refusal: str | None,
+        copies: int,
+        end_tokens: tuple[int, ...] = (),
     ) -> None:
         self.head = head
         self.cache: Any = None
@@ -61,6 +69,9 @@ class Session:
         self._most = most
         self._refusal = refusal
         self._copies = copies
+        self._end_tokens = end_tokens
+        self._ended: EndedRows | None = None
+        self._rows = 0
         self._ledger: Ledger | None = None
         self._is_open = True
         self._is_stock_prompt = False
@@ -94,7 +105,12 @@ class Session:
             else:
                 discard(self.cache)
         if self._ledger is not None and self.cache is not None:
-            self._ledger.count_generation(self._decoder, steps=self.steps, replays=self.replays)
+            left_out = 0
+            if self._ended is not None and self._ended.kept is not None:
+                left_out = self._rows - self._ended.kept.shape[0]
+            self._ledger.count_generation(
+                self._decoder, steps=self.steps, replays=self.replays, left_out=left_out
+            )
 
     def serve(self, arguments: dict[str, Any], ledger: Ledger) -> Any:
         """Serves a forward of the language model, if it is this call's prompt or next step.
@@ -169,6 +185,10 @@ class Session:
             return outputs, f"no backend decodes: {error}"
         self._attach(arguments, batch.store)
         self._batch = _step_batch(batch.store, decoder)
+        self._rows = batch.store.batch
+        if self._end_tokens:
+            end_tokens = torch.tensor(self._end_tokens, device=logits.device)
+            self._ended = EndedRows(end_tokens, self._rows)
         self._decoder = decoder.name
         self._eager = uncapturable_reason(self.head)
         if logits.is_cuda and self._eager is not None:
@@ -206,9 +226,15 @@ class Session:
         store = store_of(self.cache)
         if store is None:
             return None, "the cache was looked into"
-        reason = step_reason(arguments, store, has_mask=self._has_mask)
+        # Beams may come to be more or fewer rows, which are never left out.
+        rows = store.batch if store.is_whole else self._rows
+        reason = step_reason(arguments, store, rows=rows, has_mask=self._has_mask)
         if reason is not None:
             return None, reason
+        ids, ended = arguments["input_ids"], self._ended
+        if ended is not None:
+            ended.see(ids)
+            ended.leave_out(store)
         batch = self._batch
         assert batch is not None
         if batch.layout.batch != store.batch:
@@ -217,16 +243,16 @@ class Session:
             self._capture_anew()
         if store.make_room():
             self._capture_anew()
-        ids = arguments["input_ids"].view(1, -1)
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.full_like(ids, store.columns)
-        else:
-            positions = positions.expand(store.batch, 1).reshape(1, -1)
-        logits = self._run(ids, positions)
+        positions = positions.expand(rows, 1)
+        if ended is not None:
+            ids, positions = ended.pick(ids), ended.pick(positions)
+        logits = self._run(ids.reshape(1, -1), positions.reshape(1, -1)).transpose(0, 1)
         store.count_step()
         self.steps += 1
-        return self._outputs(logits.transpose(0, 1)), None
+        return self._outputs(logits if ended is None else ended.spread(logits)), None
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Computes a step's logits, `(1, batch, vocab_size)`; by the graph where there is one."""
