@@ -35,7 +35,7 @@ tables: $(INSTALLED) ## Tables and plots of docs/performance.md from the committ
 	@$(BIN)/python -m benchmarks.render
 
 docs: $(INSTALLED) ## The documentation site, in site/; warnings are errors
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(INSTALLED) ## Ruff and mypy
 	@$(BIN)/ruff check --quiet .
