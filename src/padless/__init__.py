@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from padless.layout import VarlenLayout
+    from padless.lengths import LengthsReport, lengths_report
     from padless.llama import replace_llama_attn_with_flash_attn
     from padless.unpadded import PatchHandle, PatchReport, patch, patch_llama
     from padless.verification import VerifyReport, verify
@@ -32,6 +33,7 @@ _HOME = {
     "BackendUnavailableError": "padless.errors",
     "CheckpointError": "padless.errors",
     "EngagementError": "padless.errors",
+    "LengthsReport": "padless.lengths",
     "PackingCollator": "padless.collators",
     "PaddingCollator": "padless.collators",
     "PadlessError": "padless.errors",
@@ -40,6 +42,7 @@ _HOME = {
     "UnsupportedError": "padless.errors",
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
+    "lengths_report": "padless.lengths",
     "patch": "padless.unpadded",
     "patch_llama": "padless.unpadded",
     "replace_llama_attn_with_flash_attn": "padless.llama",
@@ -51,6 +54,7 @@ __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
     "EngagementError",
+    "LengthsReport",
     "PackingCollator",
     "PaddingCollator",
     "PadlessError",
@@ -59,6 +63,7 @@ __all__ = [
     "UnsupportedError",
     "VarlenLayout",
     "VerifyReport",
+    "lengths_report",
     "patch",
     "patch_llama",
     "replace_llama_attn_with_flash_attn",
