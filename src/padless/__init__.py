@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from padless.layout import VarlenLayout
     from padless.lengths import LengthsReport, lengths_report
     from padless.llama import replace_llama_attn_with_flash_attn
+    from padless.training import TokensCallback
     from padless.unpadded import PatchHandle, PatchReport, patch, patch_llama
     from padless.verification import VerifyReport, verify
 
@@ -39,6 +40,7 @@ _HOME = {
     "PadlessError": "padless.errors",
     "PatchHandle": "padless.unpadded",
     "PatchReport": "padless.unpadded",
+    "TokensCallback": "padless.training",
     "UnsupportedError": "padless.errors",
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
@@ -60,6 +62,7 @@ __all__ = [
     "PadlessError",
     "PatchHandle",
     "PatchReport",
+    "TokensCallback",
     "UnsupportedError",
     "VarlenLayout",
     "VerifyReport",
