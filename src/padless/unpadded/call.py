@@ -20,6 +20,9 @@ from padless.unpadded.structure import Structure, flatten_labels, read_structure
 PACKING = ("layout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _BOUNDARIES = PACKING[:3]
 PER_TOKEN = ("labels", "shift_labels")
+# The number of each token's document, which stands beside the boundaries for layers that LLaMA has
+# not (short convolutions).
+_DOCUMENT = "seq_idx"
 # Caches whose slots are the tokens in their order, one each.
 _PLAIN_CACHES = ("DynamicCache", "StaticCache")
 DECODING = "a call behind a cache"
@@ -142,8 +145,8 @@ def _attention_dropout(model: Any) -> float:
 
 def _unknown_reason(arguments: dict[str, Any]) -> str | None:
     known = {
-        *PACKING, *PER_TOKEN, "input_ids", "inputs_embeds", "attention_mask", "position_ids",
-        "past_key_values", "cache_position", "num_items_in_batch",
+        *PACKING, *PER_TOKEN, _DOCUMENT, "input_ids", "inputs_embeds", "attention_mask",
+        "position_ids", "past_key_values", "cache_position", "num_items_in_batch",
     }  # fmt: skip
     for name, value in arguments.items():
         if name not in known and isinstance(value, Tensor) and value.dim() > 0:
@@ -218,7 +221,7 @@ def _flat(
     for name, tensor in made.items():
         if arguments.get(name) is not None:
             arguments[name] = tensor.unsqueeze(0)
-    for name in (*PACKING, "cache_position", "attention_mask"):
+    for name in (*PACKING, _DOCUMENT, "cache_position", "attention_mask"):
         arguments.pop(name, None)
     arguments["position_ids"] = tokens.positions.unsqueeze(0)
     return FlatBatch(layout, arguments["position_ids"], backend, found.host_syncs)

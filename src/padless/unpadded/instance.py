@@ -112,9 +112,20 @@ def function_of(found: Any) -> Any:
 
 
 def home_of(module: nn.Module) -> str:
-    """Names the Python module in which the forward of a module was written."""
-    found = function_of(vars(module).get(slot_of(module), ABSENT))
-    return getattr(found or type(module).forward, "__module__", "") or ""
+    """Names the Python module in which the forward of a module was written.
+
+    Of a forward in wrappers, the outermost that is not transformers', if there is one: either may
+    be somebody else's. A wrapper may call itself by the names of what it wraps (functools.wraps),
+    but its globals are those of the module that it was written in.
+    """
+    found = function_of(vars(module).get(slot_of(module), ABSENT)) or type(module).forward
+    home = ""
+    while found is not None:
+        home = getattr(found, "__globals__", {}).get("__name__") or getattr(found, "__module__", "")
+        if not home.startswith("transformers."):
+            break
+        found = getattr(found, "__wrapped__", None)
+    return home or ""
 
 
 def inner_of_instance(number: int, module: nn.Module) -> Forward:
