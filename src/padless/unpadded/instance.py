@@ -24,6 +24,10 @@ INNER = "_padless_inner"
 DOOR = "_padless_door"
 LEDGER = "_padless_ledger"
 
+# Where wrappers are from that do with a flat batch what they do with a padded one: accelerate's
+# mixed precision is autocast around the forward, and outputs in float32 behind it.
+_MEANING_KEPT = ("transformers.", "accelerate.utils.operations", "torch.amp.autocast_mode")
+
 
 @dataclass(frozen=True)
 class Door(Change):
@@ -114,15 +118,15 @@ def function_of(found: Any) -> Any:
 def home_of(module: nn.Module) -> str:
     """Names the Python module in which the forward of a module was written.
 
-    Of a forward in wrappers, the outermost that is not transformers', if there is one: either may
-    be somebody else's. A wrapper may call itself by the names of what it wraps (functools.wraps),
-    but its globals are those of the module that it was written in.
+    Of a forward in wrappers, the outermost that may compute something of its own, if there is one.
+    A wrapper may call itself by the names of what it wraps (functools.wraps), but its globals are
+    those of the module that it was written in.
     """
     found = function_of(vars(module).get(slot_of(module), ABSENT)) or type(module).forward
     home = ""
     while found is not None:
         home = getattr(found, "__globals__", {}).get("__name__") or getattr(found, "__module__", "")
-        if not home.startswith("transformers."):
+        if not (home or "").startswith(_MEANING_KEPT):
             break
         found = getattr(found, "__wrapped__", None)
     return home or ""
