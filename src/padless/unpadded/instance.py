@@ -123,13 +123,14 @@ def home_of(module: nn.Module) -> str:
     those of the module that it was written in.
     """
     found = function_of(vars(module).get(slot_of(module), ABSENT)) or type(module).forward
-    home = ""
+    home: str = ""
     while found is not None:
-        home = getattr(found, "__globals__", {}).get("__name__") or getattr(found, "__module__", "")
-        if not (home or "").startswith(_MEANING_KEPT):
+        own: dict[str, str] = getattr(found, "__globals__", {})
+        home = own.get("__name__") or getattr(found, "__module__", "") or ""
+        if not home.startswith(_MEANING_KEPT):
             break
         found = getattr(found, "__wrapped__", None)
-    return home or ""
+    return home
 
 
 def inner_of_instance(number: int, module: nn.Module) -> Forward:
