@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from padless.attention import varlen_attention
     from padless.collators import PackingCollator, PaddingCollator
+    from padless.diagnosis import Diagnosis, doctor
     from padless.errors import (
         BackendUnavailableError,
         CheckpointError,
@@ -31,6 +32,7 @@ logging.getLogger("padless").addHandler(logging.NullHandler())
 _HOME = {
     "BackendUnavailableError": "padless.errors",
     "CheckpointError": "padless.errors",
+    "Diagnosis": "padless.diagnosis",
     "EngagementError": "padless.errors",
     "PackingCollator": "padless.collators",
     "PaddingCollator": "padless.collators",
@@ -40,6 +42,7 @@ _HOME = {
     "UnsupportedError": "padless.errors",
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
+    "doctor": "padless.diagnosis",
     "patch": "padless.unpadded",
     "patch_llama": "padless.unpadded",
     "replace_llama_attn_with_flash_attn": "padless.llama",
@@ -50,6 +53,7 @@ _HOME = {
 __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
+    "Diagnosis",
     "EngagementError",
     "PackingCollator",
     "PaddingCollator",
@@ -59,6 +63,7 @@ __all__ = [
     "UnsupportedError",
     "VarlenLayout",
     "VerifyReport",
+    "doctor",
     "patch",
     "patch_llama",
     "replace_llama_attn_with_flash_attn",
