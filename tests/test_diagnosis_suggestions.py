@@ -145,6 +145,29 @@ def test_the_next_step(found: Diagnosis, step: str) -> None:
     assert step in find_next_step(found)
 
 
+def test_what_stands_in_the_way_of_more_comes_first() -> None:
+    """Everything is wrong, and is mended one after the other."""
+    found = on.machine(
+        None,
+        driver_gpus=("NVIDIA H100",),
+        torch=Torch(None, fault="ModuleNotFoundError"),
+        transformers=Transformers(None, "missing", tested=("4.28", "5.23")),
+        packages=on.packages(flash_attn=on.broken()),
+        backends=(),
+    )
+    assert find_next_step(found).startswith("install torch")
+    found = replace(found, torch=CPU_TORCH, backends=on.backends("sdpa"))
+    assert find_next_step(found).startswith("install transformers")
+    found = replace(found, transformers=on.TRANSFORMERS)
+    assert find_next_step(found).startswith("install a torch with CUDA")
+    found = replace(found, torch=Torch("2.11.0+cu130", "13.0"), gpus=(on.H100,))
+    assert find_next_step(found).startswith("mend flash-attn")
+    found = replace(found, packages=on.packages())
+    assert find_next_step(found).startswith("install FlashAttention-4")
+    found = replace(found, packages=WITH_FA4, backends=FA4)
+    assert find_next_step(found).startswith(VERIFY)
+
+
 def test_a_missing_triton_is_named_where_there_is_a_gpu() -> None:
     missing = on.packages(triton=Package("triton", None, "missing"))
     assert "`pip install triton`" in find_next_step(on.machine(on.A100, packages=missing))

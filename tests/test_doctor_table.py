@@ -138,7 +138,7 @@ def test_a_row_says_where_forward_and_training_differ() -> None:
             ["fa2 BROKEN its package does not import", "flash-attn BROKEN 2.8.3: import"],
         ),
         ("markup", ["[red]GPU[/] [/nonsense]"]),
-        ("old", ["transformers TOO OLD 4.20.0"]),
+        ("old", ["transformers TOO OLD 4.20.0", "on cuda:0, but there is no LLaMA to patch."]),
         ("newer", ["transformers newer 5.30.0"]),
         ("H100 with FA4", ["fa4 at 192", "TORCH_CUDNN_SDPA_AVOID_RECOMPILE 1"]),
     ],

@@ -57,6 +57,8 @@ def print_diagnosis(found: Diagnosis, console: Console) -> None:
         console.print(Text.assemble(("warning: ", "yellow"), warning))
         console.print()
     verdict = f"Attention runs here, on {found.device}." if found.ok else "Nothing can run here."
+    if found.ok and (found.transformers.state != "ok" or found.transformers.support == "too old"):
+        verdict = f"Attention runs here, on {found.device}, but there is no LLaMA to patch."
     console.print(Text(verdict, style="bold green" if found.ok else "bold red"))
     console.print(Text.assemble(("Next: ", "bold"), found.next_step))
 
