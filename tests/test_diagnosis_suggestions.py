@@ -102,6 +102,13 @@ STEPS = {
         on.machine(on.H100, packages=on.packages(flash_attn=on.broken())),
         "`pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir flash-attn`",
     ),
+    "a flash-attn that takes FlashAttention-4 along": (
+        on.machine(
+            on.H100,
+            packages=on.packages(flash_attn_4=on.broken(version="4.0"), flash_attn=on.broken()),
+        ),
+        "mend flash-attn 2.8.3",
+    ),
     "GLIBC": (
         on.machine(on.A100, packages=on.packages(flash_attn=on.broken(on.GLIBC))),
         "FLASH_ATTENTION_FORCE_BUILD=TRUE pip install",

@@ -109,6 +109,28 @@ def test_a_sound_package_and_one_that_is_not_there(
     assert run._ask_package("flash-attn-3", "flash_attn_interface", 60).state == "missing"
 
 
+@pytest.mark.parametrize("kind", ["oserror", "aborts"])
+def test_what_shares_a_broken_folder_and_is_not_there_is_missing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, kind)
+    monkeypatch.syspath_prepend(tmp_path)
+    four = run._ask_package("flash-attn-4", "flash_attn.cute.interface", 60)
+    assert (four.state, four.fault) == ("missing", "")
+
+
+def test_a_part_of_another_package_without_what_it_needs_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, "prints")
+    (tmp_path / "flash_attn" / "cute").mkdir()
+    (tmp_path / "flash_attn" / "cute" / "interface.py").write_text("import cutlass_not_here")
+    monkeypatch.syspath_prepend(tmp_path)
+    four = run._ask_package("flash-attn-4", "flash_attn.cute.interface", 60)
+    assert four.state == "missing"
+    assert "No module named 'cutlass_not_here'" in four.fault
+
+
 def test_a_package_that_lacks_what_it_needs_is_broken_and_not_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from padless import environment
 from padless.environment import cuda_fault, describe_gpu, has_sdpa, import_optional, package_version
-from padless.installed import nvidia_driver
+from padless.installed import is_found, nvidia_driver
 
 
 def test_package_version_reads_the_metadata() -> None:
@@ -26,6 +26,30 @@ def test_package_version_is_none_for_what_is_missing_or_nonsense(
     assert package_version("no-such-distribution-here") is None
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "not a version")
     assert package_version("torch") is None
+
+
+@pytest.mark.parametrize(
+    "module, expected",
+    [
+        ("planted", True),
+        ("planted.part", True),
+        ("planted.folder.inner", True),
+        ("planted.folder.other", False),
+        ("planted.part.inner", False),
+        ("not_planted", False),
+        ("not_planted.part", False),
+    ],
+)
+@pytest.mark.parametrize("is_namespace", [False, True], ids=["package", "namespace"])
+def test_is_found_looks_and_imports_nothing(
+    module: str, expected: bool, is_namespace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "planted"
+    (folder / "folder").mkdir(parents=True)
+    for file in ("part.py", "folder/inner.py", *([] if is_namespace else ["__init__.py"])):
+        (folder / file).write_text("raise OSError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_found(module) is expected
 
 
 def test_import_optional_gives_the_module() -> None:

@@ -6,6 +6,7 @@ So that a broken torch can be reported; all else that a process can run is in `e
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -41,10 +42,18 @@ def import_optional(module: str) -> tuple[ModuleType | None, str]:
         return None, f"import {module} failed: {type(error).__name__}: {lines[0]}"
 
 
-def is_found(package: str) -> bool:
-    """Whether a top-level package is on the path; imports nothing."""
+def is_found(module: str) -> bool:
+    """Whether a module is on the path; imports nothing, also not the packages that it is in."""
+    package, *parts = module.split(".")
     try:
-        return importlib.util.find_spec(package) is not None
+        spec = importlib.util.find_spec(package)
+        if not parts or spec is None:
+            return spec is not None
+        folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+        for part in parts[:-1]:
+            folders = [folder / part for folder in folders if (folder / part).is_dir()]
+        finder = importlib.machinery.PathFinder
+        return finder.find_spec(module, [str(folder) for folder in folders]) is not None
     except (ImportError, ValueError):
         return False
 

@@ -157,23 +157,18 @@ def _ask_torch(limit_s: float) -> tuple[Torch, tuple[Gpu, ...]]:
 def _ask_package(name: str, module: str, limit_s: float) -> Package:
     installed = package_version(name)
     version = None if installed is None else str(installed)
-    if installed is None and not is_found(module.split(".")[0]):
+    if installed is None and not is_found(module):
+        # Its folder may be there, of another package: FlashAttention-4 lies beside 2.
         return Package(name, None, "missing")
     try:
         (fault,) = ask("import", module, limit_s=limit_s)
     except NoAnswerError as error:
         return Package(name, version, "broken", f"import {module}: {error}")
     state: State = "broken" if fault else "ok"
-    if installed is None and _is_absent(module, fault):
-        # Another package has the same folder: FlashAttention-4 beside 2.
-        return Package(name, None, "missing")
+    if installed is None and "ModuleNotFoundError" in fault:
+        # Some releases of flash-attn carry the sources of FlashAttention-4, not what these need.
+        state = "missing"
     return Package(name, version, state, fault)
-
-
-def _is_absent(module: str, fault: str) -> bool:
-    parts = module.split(".")
-    parents = [".".join(parts[: n + 1]) for n in range(len(parts))]
-    return any(f"ModuleNotFoundError: No module named {parent!r}" in fault for parent in parents)
 
 
 def _with_era(package: Package) -> Transformers:

@@ -81,9 +81,8 @@ def _mend_transformers(found: Diagnosis) -> str | None:
     if transformers.state != "broken":
         return None
     # It imports flash-attn where it finds one, and falls with it.
-    for package in found.packages:
-        if package.state == "broken" and package.name.startswith("flash-attn"):
-            return mend(package)
+    if any(p.state == "broken" and p.name.startswith("flash-attn") for p in found.packages):
+        return _mend_packages(found)
     if transformers.support == "newer":
         return (
             f"install a transformers that is tested, since {transformers.version} has no LLaMA "
@@ -125,7 +124,8 @@ def _reach_the_gpu(found: Diagnosis) -> str | None:
 def _mend_packages(found: Diagnosis) -> str | None:
     broken = [package for package in found.packages if package.state == "broken"]
     if broken:
-        return mend(broken[0])
+        # FlashAttention-4 lies in the folder of flash-attn, and falls with it.
+        return mend(min(broken, key=lambda package: package.name != "flash-attn"))
     for backend in found.backends:
         if backend.status in ("wrong", "crashed"):
             return (
