@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from padless.attention import varlen_attention
     from padless.collators import PackingCollator, PaddingCollator
+    from padless.diagnosis import Diagnosis, doctor
     from padless.errors import (
         BackendUnavailableError,
         CheckpointError,
@@ -33,6 +34,7 @@ logging.getLogger("padless").addHandler(logging.NullHandler())
 _HOME = {
     "BackendUnavailableError": "padless.errors",
     "CheckpointError": "padless.errors",
+    "Diagnosis": "padless.diagnosis",
     "EngagementError": "padless.errors",
     "LengthsReport": "padless.lengths",
     "PackingCollator": "padless.collators",
@@ -45,6 +47,7 @@ _HOME = {
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
     "lengths_report": "padless.lengths",
+    "doctor": "padless.diagnosis",
     "patch": "padless.unpadded",
     "patch_llama": "padless.unpadded",
     "replace_llama_attn_with_flash_attn": "padless.llama",
@@ -55,6 +58,7 @@ _HOME = {
 __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
+    "Diagnosis",
     "EngagementError",
     "LengthsReport",
     "PackingCollator",
@@ -66,6 +70,7 @@ __all__ = [
     "UnsupportedError",
     "VarlenLayout",
     "VerifyReport",
+    "doctor",
     "lengths_report",
     "patch",
     "patch_llama",
