@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import multiprocessing as mp
+import pickle
 import tempfile
 import traceback
 from multiprocessing.connection import wait
@@ -39,7 +40,7 @@ class Pool:
     def run(self, job: str, *arguments: Any) -> list[Any]:
         """Runs `module:function(*arguments)` on every rank; returns what each returned."""
         for end in self._ends:
-            end.send((job, arguments))
+            end.send_bytes(pickle.dumps((job, arguments)))
         return self._answers(job, LIMIT_S)
 
     def _answers(self, job: str, limit_s: float) -> list[Any]:
@@ -53,7 +54,7 @@ class Pool:
             for rank, end in list(waiting.items()):
                 if end in ready:
                     del waiting[rank]
-                    kind, value = end.recv()
+                    kind, value = pickle.loads(end.recv_bytes())
                     if kind == "error":
                         # The others may wait for it in a collective.
                         self.close()
@@ -84,14 +85,19 @@ def _work(end: Any, rank: int, size: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
     )
-    end.send(("ok", None))
+    _tell(end, "ok", None)
     while True:
         try:
-            job, arguments = end.recv()
+            job, arguments = pickle.loads(end.recv_bytes())
         except EOFError:
             return
         module, _, function = job.partition(":")
         try:
-            end.send(("ok", getattr(importlib.import_module(module), function)(*arguments)))
+            _tell(end, "ok", getattr(importlib.import_module(module), function)(*arguments))
         except BaseException:
-            end.send(("error", traceback.format_exc()))
+            _tell(end, "error", traceback.format_exc())
+
+
+def _tell(end: Any, kind: str, value: Any) -> None:
+    # Bytes: torch's own way to send tensors is memory that both ends have to keep open.
+    end.send_bytes(pickle.dumps((kind, value)))

@@ -65,7 +65,7 @@ def ulysses_attention(
 
     Args:
         q: `(own, num_heads, head_dim)`, as `shard_tokens(..., "ulysses")` picks them: of the row
-            cut into one stretch a rank, with one token more in the first ones if there are any over.
+            cut into one stretch a rank, the first ones a token longer where it does not divide.
         k: `(own, num_kv_heads, head_dim)`; fewer KV heads than ranks are sent more than once.
         v: shape of k.
         layout: documents of the whole row, the same on every rank.
@@ -153,9 +153,7 @@ def ring_attention(
         deterministic = torch.are_deterministic_algorithms_enabled()
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return shard.attend_in_ring(
-        q, k, v, Options(causal, scale, deterministic, backend, needs_grad)
-    )
+    return shard.attend_in_ring(q, k, v, Options(causal, scale, deterministic, backend, needs_grad))
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, shard: Shard) -> None:

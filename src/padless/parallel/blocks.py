@@ -84,6 +84,4 @@ def _prefix(theirs: list[tuple[Piece, Range]], piece: Piece, causal: bool) -> Ra
 def _places(pieces: Iterable[Piece]) -> list[tuple[Piece, Range]]:
     pieces = list(pieces)
     ends = list(accumulate(piece.tokens for piece in pieces))
-    return [
-        (piece, (end - piece.tokens, end)) for piece, end in zip(pieces, ends, strict=True)
-    ]
+    return [(piece, (end - piece.tokens, end)) for piece, end in zip(pieces, ends, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Rows:
     @classmethod
     def of_ranges(cls, ranges: Sequence[Range], device: torch.device) -> Rows:
         """Joins ranges that ascend."""
-        if all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False)):
+        if all(a[1] == b[0] for a, b in pairwise(ranges)):
             return cls(slice(ranges[0][0], ranges[-1][1]), None)
         found = [torch.arange(start, stop) for start, stop in ranges]
         return cls(None, torch.cat(found).to(device, non_blocking=True))
@@ -161,9 +162,7 @@ class RingPlan:
         for step in range(1, split.ranks):
             source = (rank - step) % split.ranks
             found = visible_blocks(split, rank, source, causal=options.causal)
-            steps.append(
-                tuple(_block(each.queries, each.keys, options, device) for each in found)
-            )
+            steps.append(tuple(_block(each.queries, each.keys, options, device) for each in found))
         shared = tuple(
             sum(piece.tokens for piece in split.shared(each)) for each in range(split.ranks)
         )

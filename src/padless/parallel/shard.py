@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +57,7 @@ class Shard:
             )
         cut = split_evenly if algorithm == "ulysses" else split_balanced
         split = cut(layout.lengths, group.size)
-        indices = torch.tensor(split.indices(group.rank), dtype=torch.int64)
+        indices = _places(split, group.rank)
         device = layout.cu_seqlens.device
         return cls(group, algorithm, layout, split, indices.to(device, non_blocking=True))
 
@@ -76,10 +77,12 @@ class Shard:
             Every rank of the group has to call it. Its gradient is the sum of all ranks'.
         """
         ranked = gather_tokens(local, self.split.totals, self.group)
-        order: list[int] = []
-        for rank in range(self.group.size):
-            order.extend(self.split.indices(rank))
-        return ranked.index_select(0, torch.tensor(order).argsort().to(local.device))
+        return ranked.index_select(0, self._order.to(local.device))
+
+    @functools.cached_property
+    def _order(self) -> Tensor:
+        ranks = range(self.group.size)
+        return torch.cat([_places(self.split, rank) for rank in ranks]).argsort()
 
     def ring_plan(self, options: Options, device: torch.device) -> RingPlan:
         """Makes this rank's plan, once for all layers."""
@@ -97,3 +100,8 @@ class Shard:
     ) -> Tensor:
         """Attends by Ulysses; see `ulysses_attention`."""
         return attend_by_heads(q, k, v, self.split.totals, self.group, attend, chunks=chunks)
+
+
+def _places(split: SequenceSplit, rank: int) -> Tensor:
+    stretches = [torch.arange(start, stop) for start, stop in split.ranges(rank)]
+    return torch.cat(stretches) if stretches else torch.empty(0, dtype=torch.int64)

@@ -85,13 +85,14 @@ class SequenceSplit:
         """
         return tuple(p for p in self.pieces[rank] if len(self._holders[p.document]) > 1)
 
-    def indices(self, rank: int) -> list[int]:
-        """Places in the flat row of a rank's tokens, in its order."""
-        starts = [0, *accumulate(self.lengths)]
-        found: list[int] = []
-        for document, start, stop in self.pieces[rank]:
-            found.extend(range(starts[document] + start, starts[document] + stop))
-        return found
+    def ranges(self, rank: int) -> list[tuple[int, int]]:
+        """Lists where a rank's pieces begin and end in the flat row, in its order."""
+        starts = self._starts
+        return [(starts[n] + start, starts[n] + stop) for n, start, stop in self.pieces[rank]]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(self.lengths)]
 
     @cached_property
     def _holders(self) -> dict[int, set[int]]:
@@ -191,9 +192,7 @@ def _dealt(lengths: Sequence[int], ranks: int, cut_from: int) -> SequenceSplit:
     return SequenceSplit(tuple(lengths), ordered)
 
 
-def _deal(
-    number: int, length: int, free: list[int], give: Callable[[int, Piece], None]
-) -> None:
+def _deal(number: int, length: int, free: list[int], give: Callable[[int, Piece], None]) -> None:
     """Cuts a document into chunks from both ends, so that chunks of one rank differ by a token."""
     ranks = len(free)
     shares = _quotas(length, ranks)

@@ -81,8 +81,10 @@ def attend_by_heads(
             f"chunks must divide the {kv_heads} KV heads that each rank attends with, got {chunks}"
         )
     exchange = Exchange(group, totals)
-    # (own, size, chunks, heads, head_dim): the heads of rank r are neighbours, and so are a chunk's.
-    parts = [x.reshape(own, size, chunks, x.shape[1] // size // chunks, head_dim) for x in (q, k, v)]
+    # (own, size, chunks, heads, head_dim): heads of a rank are neighbours, and so are a chunk's.
+    parts = [
+        x.reshape(own, size, chunks, x.shape[1] // size // chunks, head_dim) for x in (q, k, v)
+    ]
     heads = [part.shape[3] for part in parts]
     sent = [
         exchange.to_heads(torch.cat([part[:, :, chunk] for part in parts], dim=2).transpose(0, 1))
