@@ -71,7 +71,7 @@ def plan_call(
             asked = replace(request, head_dim=selection.head_dim)
         pieces, reason = _cut(chosen, asked, (layout_q, layout_k))
         plan = Plan(chosen, selection.head_dim, pieces, selection)
-        if not reason and needs_lse and not saves_lse(plan):
+        if not reason and needs_lse and not gives_lse(plan):
             reason = "gives no logarithms of its sums in one call"
         if not reason:
             return plan
@@ -159,10 +159,17 @@ def saves_lse(plan: Plan) -> bool:
     return ask is not None and len(plan.pieces) == 1 and ask()
 
 
+def gives_lse(plan: Plan) -> bool:
+    """Whether `run_with_lse` and `gradients` can be called, for a kernel or the formula."""
+    is_kernel = hasattr(plan.backend, "saves_lse")
+    has_both = hasattr(plan.backend, "varlen_with_lse") and len(plan.pieces) == 1
+    return saves_lse(plan) if is_kernel else has_both
+
+
 def run_with_lse(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Attends by a plan that `saves_lse`; gives the natural logarithms of the sums too.
+    """Attends by a plan that `gives_lse`; gives the natural logarithms of the sums too.
 
     Returns:
         `(total_q, num_heads, head_dim)`, and float32 or float64 `(num_heads, total_q)`.

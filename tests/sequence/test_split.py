@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ def _places(split: SequenceSplit, rank: int) -> list[int]:
 def test_every_token_once_and_totals_equal(split, lengths: list[int], ranks: int) -> None:
     made = split(lengths, ranks)
     held = [_places(made, rank) for rank in range(ranks)]
-    assert sorted(sum(held, [])) == list(range(sum(lengths)))
+    assert sorted(chain.from_iterable(held)) == list(range(sum(lengths)))
     assert tuple(map(len, held)) == made.totals
     assert max(made.totals) - min(made.totals) <= 1
 
@@ -42,7 +43,7 @@ def test_shared_pieces_are_a_prefix_and_documents_stay_together(
         numbers = [piece.document for piece in own]
         met = list(dict.fromkeys(numbers))
         assert numbers == sorted(numbers, key=met.index)
-        for a, b in zip(own, own[1:], strict=False):
+        for a, b in pairwise(own):
             assert a.document != b.document or a.stop < b.start
 
 

@@ -58,11 +58,6 @@ def varlen(
     return torch.cat(pieces) if pieces else torch.zeros_like(q)
 
 
-def saves_lse() -> bool:
-    """Whether its backward can be called apart from its forward."""
-    return True
-
-
 def varlen_with_lse(
     q: Tensor,
     k: Tensor,

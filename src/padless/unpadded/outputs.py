@@ -35,9 +35,9 @@ def pad_outputs(
     for name in _PER_TOKEN:
         value = outputs.get(name)
         if isinstance(value, Tensor):
-            outputs[name] = _pad(value, layout, gather)
+            outputs[name] = _pad(_whole(value, gather), layout)
         elif value is not None:
-            outputs[name] = tuple(_pad(each, layout, gather) for each in value)
+            outputs[name] = tuple(_pad(_whole(each, gather), layout) for each in value)
     logits = outputs.get("logits")
     if logits is None:
         return outputs
@@ -52,11 +52,12 @@ def pad_outputs(
     return outputs
 
 
-def _pad(
-    flat: Tensor, layout: VarlenLayout, gather: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    flat = flat if gather is None else gather(flat)
+def _pad(flat: Tensor, layout: VarlenLayout) -> Tensor:
     return layout.pad(flat[0])  # (1, total, ...) to (batch, seqlen, ...)
+
+
+def _whole(flat: Tensor, gather: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return flat if gather is None else gather(flat)
 
 
 def _settle(outputs: Any) -> None:
@@ -70,7 +71,7 @@ def _settle(outputs: Any) -> None:
         # Without a layout it is one that somebody has built from an instance's class and values.
         if layout is not None:
             gather = outputs.__dict__.get("_padless_gather")
-            padded = _pad(outputs.__dict__["logits"], layout, gather)
+            padded = _pad(_whole(outputs.__dict__["logits"], gather), layout)
             OrderedDict.__setitem__(outputs, "logits", padded)
             outputs.__dict__["logits"] = padded
         # Last: from now on nobody asks here.
