@@ -99,15 +99,36 @@ def changed_logits(algorithm: str, batch: dict[str, Tensor], at: list[int]) -> l
     return found
 
 
-def ddp_step(algorithm: str, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Gradients under DDP over all ranks, of a mesh of data by sequence; a batch a data rank."""
+def wrapped_step(
+    algorithm: str, batches: list[dict[str, Tensor]], wrapper: str
+) -> dict[str, Tensor]:
+    """Gradients under DDP or FSDP over all ranks, which are data by sequence; a batch a data rank.
+
+    Args:
+        algorithm: of the patch.
+        batches: one for each data rank.
+        wrapper: "ddp"; "fsdp before" or "fsdp after" the patch.
+    """
     grid = init_device_mesh("cpu", (len(batches), 2), mesh_dim_names=("data", "sequence"))
     model = model_of()
+    if wrapper == "fsdp before":
+        _shard_weights(model)
     padless.patch(model, sequence_mesh=grid["sequence"], sequence_parallel=algorithm)
-    ddp = nn.parallel.DistributedDataParallel(model)
+    if wrapper == "fsdp after":
+        _shard_weights(model)
+    run = nn.parallel.DistributedDataParallel(model) if wrapper == "ddp" else model
     batch = batches[grid.get_local_rank("data")]
-    ddp(**batch, return_dict=True).loss.backward()
-    return {n: p.grad for n, p in model.named_parameters()}
+    run(**batch, return_dict=True).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    return {n: g if wrapper == "ddp" else g.full_tensor() for n, g in grads.items()}
+
+
+def _shard_weights(model: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh())
+    fully_shard(model, mesh=mesh())
 
 
 def generated(algorithm: str, batch: dict[str, Tensor], options: dict[str, Any]) -> Any:

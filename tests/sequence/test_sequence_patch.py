@@ -166,11 +166,14 @@ def test_a_token_changes_what_follows_it_in_its_document_alone(size: int, algori
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_ddp_over_data_and_sequence(algorithm: str) -> None:
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp before", "fsdp after"])
+def test_gradients_that_wrappers_average_over_data_and_sequence(
+    algorithm: str, wrapper: str
+) -> None:
     batches = [BATCHES["left"], BATCHES["packed"]]
     steps = [_one_process(batch)["gradients"] for batch in batches]
     expected = {name: (steps[0][name] + steps[1][name]) / 2 for name in steps[0]}
-    for each in pool(4).run(JOBS + "ddp_step", algorithm, batches):
+    for each in pool(4).run(JOBS + "wrapped_step", algorithm, batches, wrapper):
         _assert_same({"gradients": each}, {"gradients": expected})
 
 

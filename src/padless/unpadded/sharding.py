@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from padless.errors import UnsupportedError
+from padless.hf.call import modeling_llama
 from padless.kernels.unpad import IGNORED
 from padless.layout import VarlenLayout
 from padless.parallel.exchange import add_up
@@ -56,9 +57,9 @@ class SequenceParallel:
             )
         group = SequenceGroup.of(mesh)
         heads = {
-            int(module.config.num_attention_heads)  # type: ignore[union-attr,arg-type]
+            int(module.config.num_attention_heads)
             for module in model.modules()
-            if type(module).__name__ == "LlamaModel"
+            if isinstance(module, modeling_llama().LlamaModel)
         }
         reason = next(filter(None, (reject_heads(n, group.size) for n in sorted(heads))), None)
         if algorithm == "auto":
