@@ -92,7 +92,7 @@ def _refuse_loss() -> None:
         from transformers import __version__
 
         raise UnsupportedError(
-            f"sequence_mesh needs a loss that takes shift_labels, which transformers has from 4.51 "
+            f"sequence_mesh needs a loss that takes shift_labels, which transformers has from 4.50 "
             f"on, got {__version__}; upgrade transformers, or leave sequence_mesh out"
         )
 
