@@ -14,6 +14,7 @@ from padless.kernels.unpad import FlatTokens
 from padless.layout import VarlenLayout
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.ledger import Ledger
+from padless.unpadded.sharding import shard_call, whole_reason
 from padless.unpadded.structure import Structure, flatten_labels, read_structure
 
 # What says where documents are; transformers' names, and a layout made beforehand.
@@ -29,15 +30,20 @@ DECODING = "a call behind a cache"
 
 
 def flatten_call(
-    model: Any, arguments: dict[str, Any], ledger: Ledger, era: Era
+    model: Any,
+    arguments: dict[str, Any],
+    ledger: Ledger,
+    era: Era,
+    whole: str | None = None,
 ) -> FlatBatch | None:
-    """Flattens a call of a padded batch in place.
+    """Flattens a call of a padded batch in place, and keeps this rank's part where ranks share it.
 
     Args:
         model: the `LlamaModel`.
         arguments: by name; on success those of the flat call, without `attention_mask`.
         ledger: where to count what is left to the stock path, and which backend to take.
         era: of the installed transformers.
+        whole: why ranks must not share it; None if they may.
 
     Returns:
         The batch; None if the call has to take the stock path.
@@ -57,7 +63,15 @@ def flatten_call(
     if reason is None:
         found = _read(source, arguments)
         if found.layout is not None:
-            return _flat(model, source, arguments, found, ledger.backend)
+            batch = _flat(model, source, arguments, found, ledger.backend)
+            if ledger.sequence is not None:
+                whole = whole or whole_reason(arguments)
+                if whole is None:
+                    batch.shard = shard_call(arguments, batch.layout, ledger.sequence)
+                    batch.position_ids = arguments["position_ids"]
+                else:
+                    ledger.count_whole(whole)
+            return batch
         reason = found.reason
         ledger.count_syncs(found.host_syncs)
     leave_to_stock(reason, arguments, ledger)
