@@ -90,6 +90,7 @@ def test_a_patch_inside_of_mixed_precision_is_set_aside_and_comes_back(
     model(**batch)
     # Verifying sets the patch aside.
     asked = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert model.forward.__func__ is not vars(model)["_padless_door"].__func__
     report = padless.verify(model, asked, paths=("patch",), new_tokens=2)
     assert {check.name for check in report.paths[0].checks if not check.passed} <= {
         # bfloat16 rounds by other batches.
@@ -104,3 +105,62 @@ def test_a_patch_inside_of_mixed_precision_is_set_aside_and_comes_back(
     with padless.patch(model) as again:
         model(**batch)
         assert again.report().forwards == 1
+
+
+def test_patched_before_the_logits_are_padded_only_when_they_are_read(
+    model: LlamaForCausalLM, prepare: Callable[..., Any], batch: dict[str, Tensor]
+) -> None:
+    handle = padless.patch(model)
+    model = prepare(model)
+    wrapper = model.forward
+    want = model(**batch, use_cache=False)  # inside of the wrapper once: torch has looked it up
+    assert want.__dict__["logits"].shape == (2, 9, VOCABULARY)
+    for _ in range(2):
+        out = model(**batch, use_cache=False)
+        assert out.__dict__["logits"].shape == (1, 14, VOCABULARY)
+        assert out.loss.dtype == torch.float32 and torch.equal(out.loss, want.loss)
+        assert out.logits.dtype == torch.float32 and torch.equal(out.logits, want.logits)
+    assert handle.report().computed_tokens == 3 * 14
+    # What is left to transformers goes through the wrapper too, and so do calls of other kinds.
+    stock = model(**batch, output_attentions=True)
+    assert stock.logits.dtype == torch.float32 and handle.report().stock == {"output_attentions": 1}
+    some = {name: value for name, value in batch.items() if name != "labels"}
+    assert model(**some, logits_to_keep=1).logits.shape == (2, 1, VOCABULARY)
+    handle.undo()
+    assert model.forward == wrapper
+    assert not [name for name in vars(model) if name in ("_padless_outer", "_padless_wrapper")]
+    plain = model(**batch, use_cache=False)
+    assert plain.__dict__["logits"].shape == (2, 9, VOCABULARY)
+    torch.testing.assert_close(plain.loss, want.loss, rtol=1e-2, atol=0.0)
+
+
+def test_generate_under_mixed_precision_is_what_it_was(
+    model: LlamaForCausalLM, prepare: Callable[..., Any], batch: dict[str, Tensor]
+) -> None:
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    left = {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
+    handle = padless.patch(model)
+    model = prepare(model)
+    first = model.generate(**left, **options)
+    model(**batch)
+    model(**batch)  # the outer door is in front
+    assert torch.equal(model.generate(**left, **options), first)
+    assert handle.report().generations == 2
+
+
+def test_a_wrapper_that_is_not_known_stays_in_front(model: LlamaForCausalLM, batch: Any) -> None:
+    handle = padless.patch(model)
+    door = model.forward
+    seen: list[torch.Size] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = door(*args, **kwargs)
+        seen.append(out.logits.shape)
+        return out
+
+    forward.__wrapped__ = door.__func__  # type: ignore[attr-defined]
+    model.forward = forward
+    for _ in range(3):
+        model(**batch)
+    assert seen == [(2, 9, VOCABULARY)] * 3
+    assert handle.report().forwards == 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,10 @@ def test_empty_batch_exits_2(folder: Path, tmp_path: Path) -> None:
 def test_no_arguments_show_the_help() -> None:
     result = CliRunner().invoke(app, [])
     assert "verify" in result.output
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "padless", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "verify" in done.stdout and "doctor" in done.stdout

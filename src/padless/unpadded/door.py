@@ -75,10 +75,13 @@ def causal_lm_forward(
     ledger_of: Callable[[nn.Module], Ledger | None],
     stock: Forward,
     era: Era,
+    *,
+    is_outer: bool = False,
 ) -> Forward:
     """Makes the forward that takes the place of `LlamaForCausalLM`'s: head and loss unpadded too.
 
-    Args and the arguments' meaning are those of `model_forward`.
+    Args and the arguments' meaning are those of `model_forward`; and is_outer, whether what it
+    calls is a wrapper around another such forward, to which it leaves what it does not flatten.
     """
     inner_of = torch._dynamo.disable(inner_of)
 
@@ -89,6 +92,8 @@ def causal_lm_forward(
             return inner_of(self)(*args, **kwargs)
         arguments = _named(stock, args, kwargs)
         session = _current_session(self)
+        if is_outer and (session is not None or _keeps_some_logits(arguments)):
+            return inner_of(self)(**arguments)
         # Ranks need not generate alike: one that ends sooner would leave the others waiting.
         whole = None if session is None else "generate"
         if session is not None:

@@ -21,6 +21,7 @@ from padless.unpadded.generate import generate_with_session
 from padless.unpadded.handle import PatchHandle
 from padless.unpadded.instance import (
     LEDGER,
+    OUTER,
     Door,
     Hook,
     StepInFront,
@@ -29,6 +30,7 @@ from padless.unpadded.instance import (
     inner_of_instance,
     ledger_of_instance,
     slot_of,
+    wrapper_of_instance,
 )
 from padless.unpadded.layer import layer_forward
 from padless.unpadded.ledger import Ledger
@@ -221,6 +223,7 @@ def _plan_instance(model: nn.Module, ledger: Ledger, era: Era) -> list[AnyChange
         elif isinstance(module, llama.LlamaForCausalLM) and home_of(module).startswith(_KNOWN):
             make = functools.partial(causal_lm_forward, inner_of, ledger_of)
             changes.append(Hook(module, StepInFront(), f"{where} before Liger"))
+            changes.append(_outer_door(module, ledger_of, where, era))
             changes.extend(_generate_changes(module, ledger_of, where, era))
         else:
             continue
@@ -243,6 +246,15 @@ def _instance_changes(
         Change(module, LEDGER, ABSENT, ledger, f"{where}.{LEDGER}"),
         Door(module, slot, found, MethodType(forward, module), f"{where}.{slot}"),
     ]
+
+
+def _outer_door(
+    module: nn.Module, ledger_of: Callable[[nn.Module], Ledger | None], where: str, era: Era
+) -> Change:
+    forward = causal_lm_forward(
+        wrapper_of_instance, ledger_of, type(module).forward, era, is_outer=True
+    )
+    return Change(module, OUTER, ABSENT, MethodType(forward, module), f"{where}.{OUTER}")
 
 
 def _generate_changes(

@@ -26,10 +26,14 @@ _logger = logging.getLogger("padless")
 INNER = "_padless_inner"
 DOOR = "_padless_door"
 LEDGER = "_padless_ledger"
+# A second door, for in front of a wrapper that reads every output; and that wrapper, while it is.
+OUTER = "_padless_outer"
+WRAPPER = "_padless_wrapper"
 
 # Where wrappers are from that do with a flat batch what they do with a padded one: accelerate's
 # mixed precision is autocast around the forward, and outputs in float32 behind it.
-_MEANING_KEPT = ("transformers.", "accelerate.utils.operations", "torch.amp.autocast_mode")
+_WRAPPERS = ("accelerate.utils.operations", "torch.amp.autocast_mode")
+_MEANING_KEPT = ("transformers.", *_WRAPPERS)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class Door(Change):
     def revert(self) -> None:
         """Puts back what the forward calls by now; inside of somebody's wrapper it stays."""
         current = vars(self.owner).get(slot_of(self.owner))
+        if current is not None and current is vars(self.owner).get(OUTER):
+            current = vars(self.owner).pop(WRAPPER)
+            self.owner.forward = current
         if current is not None and current is not self.new and not _is_liger(current):
             # What the wrapper calls finds that the patch is not in force.
             _logger.warning("%s was replaced again since; undo leaves it as it is", self.where)
@@ -88,7 +95,11 @@ class Hook:
 
 
 class StepInFront:
-    """A pre-hook that goes back in front of a forward that Liger has bound to the instance since.
+    """A pre-hook that goes back in front of what was put there since.
+
+    That is a forward that Liger has bound to the instance, which the door calls from then on; and
+    accelerate's mixed precision around the door, which reads every output to make it float32, so
+    that logits would be padded back each time: a second door goes in front of it.
 
     Note:
         Torch looks the forward up before it runs the hooks: the call that finds it still runs it.
@@ -100,9 +111,13 @@ class StepInFront:
         door = vars(module).get(DOOR)
         if found is None or door is None or found is door:
             return
+        outer = vars(module).get(OUTER)
         if _is_liger(found):
             setattr(module, INNER, found)
             module.forward = door
+        elif outer is not None and found is not outer and _keeps_meaning(found, door):
+            setattr(module, WRAPPER, found)
+            module.forward = outer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepInFront:
         return self
@@ -115,6 +130,27 @@ class StepInFront:
 
 def _is_liger(found: Any) -> bool:
     return str(getattr(found, "__module__", "")).startswith("liger_kernel.")
+
+
+def _keeps_meaning(found: Any, door: Any) -> bool:
+    """Whether a forward is a door in wrappers that do to a flat batch what they do to a padded one.
+
+    Only if each of them tells what it wraps.
+    """
+    wrapped = function_of(found)
+    while wrapped is not None and wrapped is not function_of(door):
+        own: dict[str, str] = getattr(wrapped, "__globals__", {})
+        # An object takes over the module's name of what it wraps; its class does not.
+        if not (own.get("__name__") or type(wrapped).__module__).startswith(_WRAPPERS):
+            return False
+        wrapped = getattr(wrapped, "__wrapped__", None)
+    return wrapped is not None
+
+
+def wrapper_of_instance(module: nn.Module) -> Forward:
+    """Finds the wrapper that the second door stands in front of."""
+    found: Forward = vars(module)[WRAPPER]
+    return found
 
 
 def slot_of(module: nn.Module) -> str:
