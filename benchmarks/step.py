@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from benchmarks import names
-from benchmarks.batches import Batch, draw_lengths, make_batch
-from benchmarks.models import LLAMA_8B_WIDTH, SMOKE, step_flops
 from benchmarks.record import Record, parser
 from benchmarks.step_variants import TrainingStep
-from benchmarks.timing import measure
-from benchmarks.variant import Variant
+from padless.benchmark.batches import Batch, draw_lengths, make_batch
+from padless.benchmark.models import LLAMA_8B_WIDTH, SMOKE, step_flops
+from padless.benchmark.timing import measure
+from padless.benchmark.variant import Variant
 
 # Key for the command line, rows, slots of a row, share of real tokens, new lengths at every step.
 Case = tuple[str, int, int, float, bool]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import padless
 from benchmarks import names
-from benchmarks.batches import Batch
-from benchmarks.models import Liger, Shape, build_llama, sharing_copy, trusted_sdpa
-from benchmarks.variant import Prepare, Variant, WrongNumbersError
+from padless.benchmark.batches import Batch
+from padless.benchmark.models import Liger, Shape, build_llama, sharing_copy, trusted_sdpa
+from padless.benchmark.variant import Prepare, Variant, WrongNumbersError
 
 # Of the loss, and of the length of a gradient, against transformers' default: bfloat16 rounding
 # gives thousandths of the one and hundredths of the other.

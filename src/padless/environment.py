@@ -6,14 +6,22 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import platform
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from packaging.version import InvalidVersion, Version
 
+# What takes part in a run of a LLaMA, by distribution.
+PACKAGES = (
+    "torch", "triton", "transformers", "flash-attn-4", "flash-attn", "liger-kernel", "padless",
+)  # fmt: skip
 _AUTOCAST_BY_DEVICE = Version(torch.__version__).release >= (2, 4)
 
 
@@ -23,6 +31,74 @@ def package_version(distribution: str) -> Version | None:
         return Version(importlib.metadata.version(distribution))
     except (importlib.metadata.PackageNotFoundError, InvalidVersion):
         return None
+
+
+def versions() -> dict[str, str | None]:
+    """Reads the versions of Python and of everything that takes part; None if not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["torch"] = str(torch.__version__)
+    if found["padless"] is None:
+        import padless
+
+        found["padless"] = getattr(padless, "__version__", "from source")
+    return found
+
+
+def hardware(device: torch.device | str) -> dict[str, Any]:
+    """Reads what a run on a device depends on: processor, cores, threads, and the GPU if it is one.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...
+
+    Returns:
+        Entries of a record: types that JSON knows, `device` being the name for people.
+    """
+    device = torch.device(device)
+    found: dict[str, Any] = {
+        "kind": device.type,
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+    }
+    found["device"] = found["cpu"]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found.update(
+            device=properties.name,
+            gpus=torch.cuda.device_count(),
+            memory_bytes=properties.total_memory,
+            multiprocessors=properties.multi_processor_count,
+            driver=first_line_of(
+                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+            ),
+            cuda=torch.version.cuda,
+            cudnn=torch.backends.cudnn.version(),
+        )
+    return found
+
+
+def first_line_of(*command: str) -> str | None:
+    """Runs a command and returns the first line it prints; None if it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return " ".join(found[1].split()) if found else platform.machine() or "unknown"
 
 
 def import_optional(module: str) -> tuple[ModuleType | None, str]:

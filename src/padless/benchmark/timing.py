@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import logging
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clock import Clock
-from benchmarks.variant import Timing, Variant, WrongNumbersError
+from padless.benchmark.clock import Clock
+from padless.benchmark.reasons import free_memory, give_up
+from padless.benchmark.variant import Timing, Variant
 
 # A variant this much slower than the fastest is timed in every second round, and so on.
 _SIT_OUT_AT_MOST = 4
-_logger = logging.getLogger("benchmarks")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,24 +106,6 @@ def without_collections() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-def spread(samples: list[float]) -> dict[str, float]:
-    """Summarises milliseconds: median, 20th and 80th percentile, count."""
-    ordered = sorted(samples)
-    return {
-        "median": statistics.median(ordered),
-        "p20": _percentile(ordered, 0.2),
-        "p80": _percentile(ordered, 0.8),
-        "count": len(ordered),
-    }
-
-
-def _percentile(ordered: list[float], share: float) -> float:
-    at = share * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
 def _warm_up(
@@ -259,31 +241,3 @@ def _read(turn: _Turn, clock: Clock) -> None:
     for measure_name, start, end in marks:
         elapsed = clock.elapsed_ms(start, end)
         turn.timing.samples.setdefault(measure_name, []).append(elapsed)
-
-
-def give_up(timing: Timing, error: Exception) -> None:
-    """Makes an error the reason of a row that will have no figures."""
-    if timing.reason is None:
-        timing.reason = _in_one_line(error)
-        _logger.warning("%s: %s", timing.name, timing.reason)
-    timing.samples.clear()
-
-
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, WrongNumbersError):
-        return f"wrong numbers: {text}"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {text}"[:240]
-
-
-def free_memory() -> None:
-    """Gives back what nobody holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        try:
-            torch.cuda.empty_cache()
-        except RuntimeError:
-            # The device is past use; the other rows will say so themselves.
-            return
