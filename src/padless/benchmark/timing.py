@@ -1,7 +1,8 @@
 """Times variants of one computation by turns, so that all of them see the same machine.
 
-One turn of every variant makes a round. Slow variants sit some rounds out. A variant that cannot be
-had, or fails, or computes wrong numbers is a row with the reason, and the others go on.
+One turn of every variant makes a round. Slow variants may sit some rounds out. A variant that
+cannot be had, or fails, or computes wrong numbers is a row with the reason, and the others go on.
+Every variant that was built is closed, whatever happens.
 """
 
 from __future__ import annotations
@@ -12,31 +13,16 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from padless.benchmark.clock import Clock
 from padless.benchmark.reasons import free_memory, give_up
+from padless.benchmark.turn import Turn, read, take
 from padless.benchmark.variant import Timing, Variant
 
-# A variant this much slower than the fastest is timed in every second round, and so on.
-_SIT_OUT_AT_MOST = 4
+# Is given what is being done, how much of it is done, and of how much.
+Progress = Callable[[str, int, int], None]
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Turn:
-    """A variant that takes part, and the marks of its current round."""
-
-    variant: Variant
-    timing: Timing
-    every: int = 1
-    batch: Any = None
-    inputs: Any = None
-    marks: list[tuple[str, Any, Any]] = field(default_factory=list)
 
 
 def measure(
@@ -51,6 +37,9 @@ def measure(
     min_rounds: int = 5,
     max_rounds: int = 200,
     seed: int = 0,
+    sit_out_at_most: int = 4,
+    into: list[Timing] | None = None,
+    on_progress: Progress | None = None,
 ) -> list[Timing]:
     """Builds, checks, warms up and times variants.
 
@@ -66,29 +55,53 @@ def measure(
         min_rounds: are made even if the time is over, unless it is three times over; one is always.
         max_rounds: are not passed.
         seed: of the order within rounds.
+        sit_out_at_most: a variant this much slower than the fastest, or more, is timed in every
+            round of this number; a variant half as slow in twice as many. 1: nobody sits out.
+        into: gets the timings before they have any figures: what it holds when KeyboardInterrupt
+            passes through is what had been measured.
+        on_progress: called before each turn.
 
     Returns:
         A timing for each builder, in their order.
     """
     timings = {name: Timing(name) for name in builders}
-    turns = []
-    for name, build in builders.items():
-        _logger.info("warming up: %s", name)
-        turn = _warm_up(build, timings[name], clock, draw, repeats, inference, warmup)
-        if turn is not None:
+    if into is not None:
+        into.extend(timings.values())
+    tell = on_progress or (lambda *_: None)
+    turns: list[Turn] = []
+    try:
+        for at, (name, build) in enumerate(builders.items()):
+            _logger.info("warming up: %s", name)
+            tell(f"warming up: {name}", at, len(builders))
+            turn = Turn(timings[name])
             turns.append(turn)
-    _sit_out(turns)
-    _logger.info("timing %d variants", len(turns))
-    order = random.Random(seed)
-    start = time.perf_counter()
-    with without_collections():
-        for index in range(max_rounds):
-            gc.collect()
-            elapsed = time.perf_counter() - start
-            # The first round, in which nobody sits out, is made in any case.
-            if index and (elapsed > 3 * seconds or (index >= min_rounds and elapsed > seconds)):
-                break
-            _round(turns, clock, draw(warmup + index), index, repeats, inference, order)
+            _warm_up(turn, build, clock, draw, repeats, inference, warmup)
+    except BaseException:
+        _forget(turns)
+        raise
+    else:
+        turns = [turn for turn in turns if turn.timing.reason is None]
+        _sit_out(turns, sit_out_at_most)
+        _logger.info("timing %d variants", len(turns))
+        order = random.Random(seed)
+        start = time.perf_counter()
+
+        def tell_time() -> None:
+            spent = min(time.perf_counter() - start, seconds)
+            tell("timing by turns", round(1e3 * spent), round(1e3 * seconds))
+
+        with without_collections():
+            for index in range(max_rounds):
+                gc.collect()
+                elapsed = time.perf_counter() - start
+                # The first round, in which nobody sits out, is made in any case.
+                if index and (elapsed > 3 * seconds or (index >= min_rounds and elapsed > seconds)):
+                    break
+                batch = draw(warmup + index)
+                _round(turns, clock, batch, index, repeats, inference, order, tell_time)
+    finally:
+        for turn in turns:
+            turn.close()
     for timing in timings.values():
         if timing.reason is None and not timing.samples:
             timing.reason = "no turn in the time there was"
@@ -109,135 +122,82 @@ def without_collections() -> Iterator[None]:
 
 
 def _warm_up(
+    turn: Turn,
     build: Callable[[], Variant],
-    timing: Timing,
     clock: Clock,
     draw: Callable[[int], Any],
     repeats: int,
     inference: bool,
     warmup: int,
-) -> _Turn | None:
+) -> None:
+    """Builds the variant and takes its first turns, or notes why not and closes it."""
+    timing = turn.timing
     try:
-        variant = build()
-        turn = _Turn(variant, timing)
-        timing.facts.update(variant.facts)
+        turn.variant = build()
+        timing.facts.update(turn.variant.facts)
         for index in range(warmup):
-            check = variant.verify if index == 0 else None
-            _take(turn, clock, draw(index), repeats, inference, check)
+            check = turn.variant.verify if index == 0 else None
+            take(turn, clock, draw(index), repeats, inference, check)
             clock.settle()
             if index < warmup - 1:
                 turn.marks.clear()
-        _read(turn, clock)
+        read(turn, clock)
     except Exception as error:
         give_up(timing, error)
     if timing.reason is not None:
+        # Not above: the error's traceback holds on to tensors.
+        turn.close()
         free_memory()
-        return None
-    return turn
 
 
-def _sit_out(turns: list[_Turn]) -> None:
+def _sit_out(turns: list[Turn], at_most: int) -> None:
     """Lets slow variants take every second, third or fourth turn; forgets the warm-up's times."""
     longest = {id(turn): sum(t[-1] for t in turn.timing.samples.values()) for turn in turns}
     fastest = min(longest.values(), default=0.0)
     for turn in turns:
         if fastest > 0:
             times = round(longest[id(turn)] / fastest)
-            turn.every = max(1, min(_SIT_OUT_AT_MOST, times))
+            turn.every = max(1, min(at_most, times))
+    _forget(turns)
+
+
+def _forget(turns: list[Turn]) -> None:
+    """Drops the times of the warm-up."""
+    for turn in turns:
+        turn.marks.clear()
         turn.timing.samples.clear()
         turn.timing.peak_bytes = None
 
 
 def _round(
-    turns: list[_Turn],
+    turns: list[Turn],
     clock: Clock,
     batch: Any,
     index: int,
     repeats: int,
     inference: bool,
     order: random.Random,
+    tell: Callable[[], None],
 ) -> None:
-    # In another order each time: nobody has the same one in front in all rounds.
-    for turn in order.sample(turns, len(turns)):
-        if index % turn.every or turn.timing.reason is not None:
-            continue
-        try:
-            _take(turn, clock, batch, repeats, inference)
-        except Exception as error:
-            give_up(turn.timing, error)
-        if turn.timing.reason is not None:
-            # Not above: the error's traceback holds on to tensors.
-            turn.batch = turn.inputs = None
-            free_memory()
-    for turn in turns:
-        try:
-            clock.settle()
-            _read(turn, clock)
-        except Exception as error:
-            give_up(turn.timing, error)
-
-
-def _take(
-    turn: _Turn,
-    clock: Clock,
-    batch: Any,
-    repeats: int,
-    inference: bool,
-    check: Callable[[Any, Tensor], dict[str, Any]] | None = None,
-) -> None:
-    """Runs a variant's turn; the marks are read later."""
-    variant = turn.variant
-    if turn.batch is not batch or turn.inputs is None:
-        turn.batch, turn.inputs = batch, variant.prepare(batch)
-    with variant.context():
-        if inference or not variant.is_differentiable:
-            with torch.no_grad():
-                clock.lead()
-                start = clock.mark()
-                variant.forward(turn.inputs)
-                turn.marks.append(("forward", start, clock.mark()))
-        for repeat in range(repeats if variant.is_differentiable else 0):
-            try:
-                marks = _forward_backward(turn, clock, check if repeat == 0 else None)
-            finally:
-                for leaf in variant.leaves:
-                    leaf.grad = None
-            start, middle, end = marks
-            if repeat:
-                turn.marks.append(("again", start, end))
+    try:
+        # In another order each time: nobody has the same one in front in all rounds.
+        for turn in order.sample(turns, len(turns)):
+            if index % turn.every or turn.timing.reason is not None:
                 continue
-            turn.marks.append(("forward_backward", start, end))
-            if not inference:
-                turn.marks.append(("forward", start, middle))
-
-
-def _forward_backward(
-    turn: _Turn, clock: Clock, check: Callable[[Any, Tensor], dict[str, Any]] | None
-) -> tuple[Any, Any, Any]:
-    """Computes once; returns the marks before, between and behind."""
-    clock.forget_peak()
-    clock.lead()
-    start = clock.mark()
-    out, dout = turn.variant.forward(turn.inputs)
-    middle = clock.mark()
-    out.backward(dout)
-    end = clock.mark()
-    _note_peak(turn.timing, clock)
-    if check is not None:
-        turn.timing.facts.update(check(turn.inputs, out.detach()))
-    return start, middle, end
-
-
-def _note_peak(timing: Timing, clock: Clock) -> None:
-    peak = clock.peak_bytes()
-    if peak is not None:
-        timing.peak_bytes = max(peak, timing.peak_bytes or 0)
-
-
-def _read(turn: _Turn, clock: Clock) -> None:
-    marks, turn.marks = turn.marks, []
-    if turn.timing.reason is not None:
-        return
-    for measure_name, start, end in marks:
-        elapsed = clock.elapsed_ms(start, end)
-        turn.timing.samples.setdefault(measure_name, []).append(elapsed)
+            tell()
+            try:
+                take(turn, clock, batch, repeats, inference)
+            except Exception as error:
+                give_up(turn.timing, error)
+            if turn.timing.reason is not None:
+                # Not above: the error's traceback holds on to tensors.
+                turn.close()
+                free_memory()
+    finally:
+        # Turns that were taken before an interrupt count too.
+        for turn in turns:
+            try:
+                clock.settle()
+                read(turn, clock, index)
+            except Exception as error:
+                give_up(turn.timing, error)
