@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from padless.attention import varlen_attention
+    from padless.benchmark import BenchReport, bench
     from padless.collators import PackingCollator, PaddingCollator
     from padless.errors import (
         BackendUnavailableError,
@@ -30,6 +31,7 @@ logging.getLogger("padless").addHandler(logging.NullHandler())
 
 _HOME = {
     "BackendUnavailableError": "padless.errors",
+    "BenchReport": "padless.benchmark",
     "CheckpointError": "padless.errors",
     "EngagementError": "padless.errors",
     "PackingCollator": "padless.collators",
@@ -40,6 +42,7 @@ _HOME = {
     "UnsupportedError": "padless.errors",
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
+    "bench": "padless.benchmark",
     "patch": "padless.unpadded",
     "patch_llama": "padless.unpadded",
     "replace_llama_attn_with_flash_attn": "padless.llama",
@@ -49,6 +52,7 @@ _HOME = {
 
 __all__ = [
     "BackendUnavailableError",
+    "BenchReport",
     "CheckpointError",
     "EngagementError",
     "PackingCollator",
@@ -59,6 +63,7 @@ __all__ = [
     "UnsupportedError",
     "VarlenLayout",
     "VerifyReport",
+    "bench",
     "patch",
     "patch_llama",
     "replace_llama_attn_with_flash_attn",

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,25 @@ NAMED = {
     "llama3-8b": Shape(4096, 32, 8, 32, 14336, 128256, 500000.0),
     "smollm2-135m": Shape(576, 9, 3, 30, 1536, 49152, 100000.0),
 }
+
+
+def cut(shape: Shape, num_layers: int | None) -> Shape:
+    """Returns the shape with fewer layers.
+
+    Args:
+        shape: of the whole model.
+        num_layers: how many; None leaves it as it is.
+
+    Raises:
+        ValueError: the shape has not so many.
+    """
+    if num_layers is None:
+        return shape
+    if not 1 <= num_layers <= shape.num_layers:
+        raise ValueError(
+            f"num_layers must be in 1 to {shape.num_layers}, the model's own, got {num_layers}"
+        )
+    return replace(shape, num_layers=num_layers)
 
 
 def build_llama(shape: Shape, *, dtype: torch.dtype, device: str, longest: int) -> Any:

@@ -20,11 +20,17 @@ def give_up(timing: Timing, error: Exception) -> None:
     timing.samples.clear()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory left, on a GPU or a CPU."""
+    is_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return is_cpu or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+
+
 def _in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, WrongNumbersError):
         return f"wrong numbers: {text}"
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "out of memory"
     return f"{type(error).__name__}: {text}"[:240]
 

@@ -142,3 +142,22 @@ class TrainingStep:
         named = list(self.model.named_parameters())
         ordered = sorted(named, key=lambda entry: "q_proj" not in entry[0])
         return [weight for _, weight in ordered]
+
+
+def widening(build: Builder, columns: int) -> Builder:
+    """Makes what builds the same variant on batches with more columns of padding.
+
+    What is kept by shape, such as a plan of cuDNN, then serves no other variant.
+
+    Args:
+        build: makes the variant.
+        columns: that are added to each batch.
+    """
+
+    def widened() -> Variant:
+        variant = build()
+        prepare = variant.prepare
+        variant.prepare = lambda batch: prepare(batch.widened(columns))
+        return variant
+
+    return widened

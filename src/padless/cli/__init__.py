@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from padless.cli.bench import bench_command
 from padless.cli.verify import verify_command
 
 app = typer.Typer(
@@ -15,12 +16,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root() -> None:
-    # With a callback typer keeps the subcommand's name while there is only one.
-    pass
-
-
+app.command("bench")(bench_command)
 app.command("verify")(verify_command)
 
 
