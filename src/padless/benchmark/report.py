@@ -126,9 +126,9 @@ class BenchReport:
                 f"data must be a bench report of format {FORMAT}, got {data.get('name')!r} of "
                 f"format {data.get('format')!r}"
             )
-        entries: dict[str, Any] = {
-            k: v for k, v in data.items() if k not in ("format", "name", "passed")
-        }
+        entries = dict(data)
+        for key in ("format", "name", "passed"):
+            entries.pop(key, None)
         entries["checks"] = tuple(Check(**check) for check in data["checks"])
         entries["rows"] = tuple(BenchRow(**_with_tuples(row)) for row in data["rows"])
         entries["lengths_a_round"] = tuple(map(tuple, data["lengths_a_round"]))

@@ -30,19 +30,20 @@ from padless.unpadded.engagement import set_aside
 from padless.verification import Check, verify
 from padless.verification.measure import attention_layers, undisturbed, vocab_size
 
-_WARMUP = 3
+# Turns before the rounds: on a GPU kernels are compiled and plans are made in them.
+_WARMUP = {"cuda": 3, "cpu": 2}
 # What is verified first: small, half of it padding, as far as rows may be this long.
-_VERIFIED_LENGTHS = (48, 13, 31, 5)
+_VERIFIED_LENGTHS = (24, 7, 15, 3)
 _VERIFIED_TOKENS = 8
-# Rows and the longest row where the caller names none, by device.
-_DEFAULTS = {"cuda": (8, 2048)}
-_SMALL_DEFAULTS = (4, 256)
+_DEFAULT_BATCH = 8
+# The longest row where the caller names none.
+_DEFAULT_SEQLEN = {"cuda": 2048, "cpu": 128}
 
 
 def bench(
     model: nn.Module,
     *,
-    batch: int | None = None,
+    batch: int = _DEFAULT_BATCH,
     seqlen: int | None = None,
     lengths: Sequence[int] | None = None,
     distribution: str = "uniform",
@@ -63,9 +64,9 @@ def bench(
 
     Args:
         model: a `LlamaForCausalLM`, on one device; given back as it was, patched or not.
-        batch: rows of a step; default 8 on a GPU and 4 on a CPU.
+        batch: rows of a step.
         seqlen: the longest that a row may be, in tokens; default the longest of `lengths`, or 2048
-            on a GPU and 256 on a CPU. Each batch is padded to its longest row.
+            on a GPU and 128 on a CPU. Each batch is padded to its longest row.
         lengths: the caller's own, in tokens: dealt out in random order, all before any comes again.
         distribution: of lengths otherwise: "uniform", "lognormal" or "full" (no padding).
         fixed_lengths: whether all steps have the first batch.
@@ -94,12 +95,11 @@ def bench(
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     attention_layers(model)
     device = _one_device(model)
-    own_batch, own_seqlen = _DEFAULTS.get(device.type, _SMALL_DEFAULTS)
-    batch = own_batch if batch is None else batch
     if seqlen is None and lengths is not None:
         check_lengths(lengths)
         seqlen = max(lengths)
-    seqlen = own_seqlen if seqlen is None else seqlen
+    elif seqlen is None:
+        seqlen = _DEFAULT_SEQLEN.get(device.type, _DEFAULT_SEQLEN["cpu"])
     _check_numbers(batch, seqlen, seconds)
     if not forward_only and not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(
@@ -178,6 +178,7 @@ class _Run:
         self.ceilings: Ceilings | None = None
         self.timings: list[Timing] = []
         self._drawn: list[Batch] = []
+        self._warmup = _WARMUP.get(device.type, 3)
 
     def time(self, rng: random.Random, tell: Progress) -> None:
         """Times all variants; after an interrupt, `timings` has what was found."""
@@ -211,7 +212,7 @@ class _Run:
                 clock,
                 draw=draw,
                 seconds=self.seconds,
-                warmup=_WARMUP,
+                warmup=self._warmup,
                 seed=self.seed,
                 sit_out_at_most=1,
                 into=self.timings,
@@ -225,7 +226,7 @@ class _Run:
         count = max((timing.rounds[-1] + 1 for timing in self.timings if timing.rounds), default=0)
         if self.fixed_lengths:
             return (self._drawn[0].lengths,) * count if count else ()
-        return tuple(made.lengths for made in self._drawn[_WARMUP : _WARMUP + count])
+        return tuple(made.lengths for made in self._drawn[self._warmup : self._warmup + count])
 
 
 def _verified(

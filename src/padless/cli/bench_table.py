@@ -66,9 +66,10 @@ def _print_verification(report: BenchReport, console: Console) -> None:
 
 
 def _table(rows: list[BenchRow], report: BenchReport) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    # 80 columns hold "padless + Liger" at 99,999 ms and 9,999,999 tokens a second.
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("", no_wrap=True)
-    headers = ("ms", "p20 to p80", "tokens/s", "GiB", "speed-up", "of floor")
+    headers = ("ms", "p20-p80", "tokens/s", "GiB", "speed-up", "of floor")
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
@@ -76,7 +77,7 @@ def _table(rows: list[BenchRow], report: BenchReport) -> Table:
         table.add_row(
             row.name,
             _number(row.median_ms),
-            f"{_number(row.p20_ms)} to {_number(row.p80_ms)}",
+            f"{_number(row.p20_ms)}-{_number(row.p80_ms)}",
             "-" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
             "n/a" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}",
             "-" if row.speed_up is None else f"{row.speed_up:.2f} x",
@@ -116,4 +117,6 @@ def _reasons(rows: list[BenchRow]) -> Table:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
+    if value >= 1e5:
+        return f"{value / 1e3:,.0f} s"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
