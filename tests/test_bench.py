@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_every_variant_takes_a_turn_in_every_round(monkeypatch: pytest.MonkeyPat
     assert all(sorted(each) == sorted(names) for each in rounds)
     assert len(set(map(tuple, rounds))) > 1, "the order of turns never changes"
     assert [row.rounds for row in report.rows] == [tuple(range(5))] * 3
+
+
+def test_slow_variants_do_not_sit_rounds_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowed(model: Any, attention: str | None = None) -> Any:
+        made = sharing_copy(model, attention)
+        if attention == "eager":
+            made.register_forward_pre_hook(lambda *_: time.sleep(0.3))
+        return made
+
+    monkeypatch.setattr("padless.benchmark.training_step.sharing_copy", slowed)
+    report = quick(seconds=1.0)
+    assert len({row.rounds for row in report.rows}) == 1
+    assert len(report.rows[0].rounds) > 1
 
 
 def test_lengths_are_new_in_every_round_unless_fixed() -> None:

@@ -56,7 +56,12 @@ def reason_against(peer: str, device: torch.device) -> str | None:
 
 
 def builders(
-    step: TrainingStep, peers: Sequence[str], *, attention: str, device: torch.device
+    step: TrainingStep,
+    peers: Sequence[str],
+    *,
+    attention: str,
+    device: torch.device,
+    new_lengths: bool,
 ) -> tuple[dict[str, Builder], dict[str, str]]:
     """Makes what builds each row: unpatched, padless, then the peers.
 
@@ -65,6 +70,7 @@ def builders(
         peers: their names.
         attention: the model's own implementation, which is no peer of itself.
         device: of the model.
+        new_lengths: whether every step has a batch of another shape.
 
     Returns:
         Builders by row, and reasons by row for those that cannot be had.
@@ -86,7 +92,7 @@ def builders(
             made[rows[0]] = functools.partial(step.stock, None, Batch.padded, liger=True)
             made[rows[1]] = functools.partial(step.padless, liger=True)
         elif peer == "compile":
-            made[peer] = step.compiled
+            made[peer] = functools.partial(step.compiled, dynamic=new_lengths or None)
         else:
             made[peer] = functools.partial(step.stock, peer, Batch.padded)
     return made, without

@@ -32,6 +32,7 @@ from padless.verification.measure import attention_layers, undisturbed, vocab_si
 
 # Turns before the rounds: on a GPU kernels are compiled and plans are made in them.
 _WARMUP = {"cuda": 3, "cpu": 2}
+_MAX_ROUNDS = 1000
 # What is verified first: small, half of it padding, as far as rows may be this long.
 _VERIFIED_LENGTHS = (24, 7, 15, 3)
 _VERIFIED_TOKENS = 8
@@ -177,7 +178,7 @@ class _Run:
         self.checks: tuple[Check, ...] = ()
         self.ceilings: Ceilings | None = None
         self.timings: list[Timing] = []
-        self._drawn: list[Batch] = []
+        self._drawn: list[tuple[int, ...]] = []
         self._warmup = _WARMUP.get(device.type, 3)
 
     def time(self, rng: random.Random, tell: Progress) -> None:
@@ -189,13 +190,17 @@ class _Run:
         step = TrainingStep(self.model, forward_only=self.forward_only)
         vocab = vocab_size(self.model)
 
+        kept: dict[int | None, Batch] = {}
+
         def draw(index: int) -> Batch:
             index = 0 if self.fixed_lengths else index
-            while len(self._drawn) <= index:
+            if index not in kept:
                 lengths = self.source.draw(self.rows)
-                made = make_batch(lengths, max(lengths), vocab, rng, self.device)
-                self._drawn.append(made)
-            return self._drawn[index]
+                self._drawn.append(lengths)
+                # The warm-up's are met again by the next variant; of the others one is enough.
+                kept.pop(index - 1 if index > self._warmup else None, None)
+                kept[index] = make_batch(lengths, max(lengths), vocab, rng, self.device)
+            return kept[index]
 
         try:
             step.find_truth(draw(0))
@@ -203,7 +208,13 @@ class _Run:
             # The row of the unpatched model will say so; the others are not held against it.
             if not is_out_of_memory(error):
                 raise
-        made, without = builders(step, self.peers, attention=self.attention, device=self.device)
+        made, without = builders(
+            step,
+            self.peers,
+            attention=self.attention,
+            device=self.device,
+            new_lengths=not self.fixed_lengths,
+        )
         if self.device.type == "cuda" and not self.fixed_lengths:
             made = {name: widening(build, at) for at, (name, build) in enumerate(made.items())}
         try:
@@ -213,6 +224,7 @@ class _Run:
                 draw=draw,
                 seconds=self.seconds,
                 warmup=self._warmup,
+                max_rounds=_MAX_ROUNDS,
                 seed=self.seed,
                 sit_out_at_most=1,
                 into=self.timings,
@@ -225,8 +237,8 @@ class _Run:
         """Returns the rows' lengths of each round that has a sample."""
         count = max((timing.rounds[-1] + 1 for timing in self.timings if timing.rounds), default=0)
         if self.fixed_lengths:
-            return (self._drawn[0].lengths,) * count if count else ()
-        return tuple(made.lengths for made in self._drawn[self._warmup : self._warmup + count])
+            return (self._drawn[0],) * count if count else ()
+        return tuple(self._drawn[self._warmup : self._warmup + count])
 
 
 def _verified(

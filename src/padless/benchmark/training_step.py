@@ -48,11 +48,16 @@ class TrainingStep:
         """
         return self._variant(sharing_copy(self.model, attention), arguments, liger=liger)
 
-    def compiled(self, *, liger: bool = False) -> Variant:
-        """The model as it is, under torch.compile."""
+    def compiled(self, *, liger: bool = False, dynamic: bool | None = None) -> Variant:
+        """The model as it is, under torch.compile.
+
+        Args:
+            liger: whether Liger-Kernel is applied.
+            dynamic: of torch.compile: True makes one graph for all lengths at once.
+        """
         variant = self._variant(sharing_copy(self.model), Batch.padded, liger=liger)
         variant.facts["compiled"] = True
-        model = torch.compile(sharing_copy(self.model))
+        model = torch.compile(sharing_copy(self.model), dynamic=dynamic)
         variant.forward = lambda arguments: (model(**arguments).loss, None)
         return variant
 

@@ -90,7 +90,7 @@ def _table(rows: list[BenchRow], report: BenchReport) -> Table:
 def _notes(report: BenchReport, timed: list[BenchRow]) -> str:
     counts = [len(row.samples_ms) for row in timed]
     steps = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    lines = [f"{steps} steps each, by turns; unpatched is transformers' {report.attention}"]
+    lines = [f"steps of each: {steps}, by turns; unpatched is transformers' {report.attention}"]
     for row in timed:
         if row.backends:
             lines.append(f"{row.name}: attention by {', '.join(row.backends)}")
