@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +328,18 @@ def test_chart_is_an_image_of_sane_size(report: padless.BenchReport, tmp_path: P
 
     height, width, _ = image.imread(draw_chart(report, tmp_path / "bench.png")).shape
     assert 1000 <= width <= 2000 and 300 <= height <= 900
+
+
+def test_chart_has_room_for_a_row_that_was_disturbed(
+    report: padless.BenchReport, tmp_path: Path
+) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    from padless.benchmark.chart import draw_chart
+
+    def width(made: padless.BenchReport) -> int:
+        return image.imread(draw_chart(made, tmp_path / "bench.png")).shape[1]
+
+    row = report.row("padless")
+    disturbed = replace(row, p80_ms=5 * max(found.p80_ms for found in report.rows))
+    # A label that stands outside of the axes would make the image wider.
+    assert width(replace(report, rows=(disturbed,))) == width(replace(report, rows=(row,)))

@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_bars(axis: Axes, table: Json, measure: str = "forward_backward_ms") -> None:
+def draw_bars(
+    axis: Axes, table: Json, measure: str = "forward_backward_ms", *, room: float = 0.0
+) -> None:
     """Draws a bar a row, fastest on top, with its time and its multiple of the floor.
 
     Args:
         axis: to draw on.
         table: of a record.
         measure: whose medians are drawn.
+        room: how far the axis goes at least, over the largest 80th percentile: labels stand behind
+            it where a row was disturbed.
     """
     rows = sorted(timed(table, measure), key=lambda row: -row[measure]["median"])
     floor = table.get("floor_ms")
@@ -43,7 +47,7 @@ def draw_bars(axis: Axes, table: Json, measure: str = "forward_backward_ms") -> 
         note = f"floor {floor:.0f} ms" if floor >= 20 else f"floor {floor:.2g} ms"
         axis.text(floor, len(rows) - 0.4, note, color="#b45309", fontsize=8.5, va="bottom")
     axis.set_title(table["case"], pad=20)
-    axis.set_xlim(0, 1.4 * max(times))
+    axis.set_xlim(0, max(1.4 * max(times), room * max(row[measure]["p80"] for row in rows)))
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel("milliseconds")

@@ -48,7 +48,8 @@ def draw_chart(report: BenchReport, path: Path) -> Path:
             report.as_dict(), f"{report.model}, {report.dtype}: {kind}", 1, 1,
             (9.6, 2.4 + 0.36 * len(rows)),
         )  # fmt: skip
-        draw_bars(axes[0][0], {"case": case, "floor_ms": report.floor_ms, "rows": rows}, "step_ms")
+        table = {"case": case, "floor_ms": report.floor_ms, "rows": rows}
+        draw_bars(axes[0][0], table, "step_ms", room=1.3)
         figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
     return path
