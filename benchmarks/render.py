@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return int(after != before)
+    from benchmarks.plot_headline import draw_headline
     from benchmarks.plots import draw
 
     draw(records, arguments.page.parent / "img")
+    draw_headline(records, arguments.page.parent / "img")
     arguments.page.write_text(after, encoding="utf-8")
     return 0
 

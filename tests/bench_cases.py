@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 import padless
+from padless.benchmark import timing
 
 
 def tiny_model() -> Any:
@@ -28,3 +30,18 @@ def tiny_model() -> Any:
 def quick(model: Any = None, **options: Any) -> padless.BenchReport:
     chosen = {"batch": 3, "seqlen": 16, "peers": ("eager",), "seconds": 0.05, "verify_first": False}
     return padless.bench(tiny_model() if model is None else model, **{**chosen, **options})
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, turn: int) -> list[str]:
+    """Raises KeyboardInterrupt in front of a turn, counted with the warm-up's; lists the turns."""
+    taken: list[str] = []
+    sound = timing.take
+
+    def take(found: Any, *args: Any, **kwargs: Any) -> None:
+        if len(taken) == turn:
+            raise KeyboardInterrupt
+        taken.append(found.timing.name)
+        sound(found, *args, **kwargs)
+
+    monkeypatch.setattr(timing, "take", take)
+    return taken

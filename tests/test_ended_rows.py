@@ -107,6 +107,9 @@ class _Config:
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update(fields)
 
+    def __repr__(self) -> str:
+        return f"config {self.__dict__}"
+
 
 @pytest.mark.parametrize(
     "asked, want",

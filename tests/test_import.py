@@ -21,7 +21,7 @@ import torch
 
 OPTIONAL = {
     "accelerate", "flash_attn", "flash_attn_interface", "gguf", "liger_kernel", "matplotlib",
-    "peft", "safetensors", "transformers", "triton",
+    "peft", "safetensors", "tensorboard", "transformers", "triton", "trl",
 }
 
 class Refuse:

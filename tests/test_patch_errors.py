@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -242,3 +243,36 @@ def test_undo_leaves_what_was_replaced_since_and_says_so(
     assert "model.forward was replaced again since" in record.getMessage()
     del model.model.forward
     model(ids)
+
+
+class _OtherHead(LlamaForCausalLM):
+    """A head of somebody else's that calls itself by the names of transformers'."""
+
+    @functools.wraps(LlamaForCausalLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # What a flat batch would not have: a row for each text.
+        assert kwargs["input_ids"].shape[0] == 2
+        return super().forward(*args, **kwargs)
+
+
+class _DecoratedHead(LlamaForCausalLM):
+    """One in a decorator, as transformers has them around its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert kwargs["input_ids"].shape[0] == 2
+        return super().forward(*args, **kwargs)
+
+    forward = torch.no_grad()(forward)
+
+
+@pytest.mark.parametrize("cls", [_OtherHead, _DecoratedHead])
+def test_a_head_of_somebody_elses_keeps_its_batch(cls: type[LlamaForCausalLM], ids: Tensor) -> None:
+    model = cls(LlamaConfig(**SMALL)).eval()
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    want = model(input_ids=ids, attention_mask=mask).logits
+    with padless.patch(model) as handle:
+        got = model(input_ids=ids, attention_mask=mask).logits
+        assert "forward" not in vars(model)
+    assert handle.report().forwards == 1
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()])

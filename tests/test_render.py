@@ -103,7 +103,8 @@ def test_render_writes_page_and_plots(folder: Path, capsys: pytest.CaptureFixtur
 
     page = (folder / "performance.md").read_text(encoding="utf-8")
     plots = sorted(path.name for path in (folder / "img").iterdir())
-    assert len(plots) == 7
+    assert len(plots) == 8
+    plots.remove("headline.png")
     for plot in plots:
         assert f"(img/{plot})" in page
         assert (folder / "img" / plot).read_bytes().startswith(b"\x89PNG")
@@ -123,6 +124,19 @@ def test_plots_show_every_row_that_has_numbers(tmp_path: Path) -> None:
     assert " 134 ms, 1.56 x floor" in labels
     assert " 912 ms, 300 ms when met again" in labels
     assert "floor 86 ms" in labels
+
+
+@pytest.mark.requires("matplotlib")
+def test_headline_shows_the_times_of_the_record() -> None:
+    from benchmarks.plot_headline import headline
+
+    labels = {text.get_text() for axis in headline(step_record()).axes for text in axis.texts}
+    tables = step_record()["tables"]
+    times = {
+        row["name"]: row["forward_backward_ms"] for row in tables[0]["rows"] if not row["reason"]
+    }
+    for name in ("transformers sdpa (default)", "padless"):
+        assert f" {times[name]['median']:.0f} ms" in labels
 
 
 @pytest.mark.requires("matplotlib")

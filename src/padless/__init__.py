@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from padless.attention import varlen_attention
     from padless.benchmark import BenchReport, bench
     from padless.collators import PackingCollator, PaddingCollator
+    from padless.diagnosis import Diagnosis, doctor
     from padless.errors import (
         BackendUnavailableError,
         CheckpointError,
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from padless.layout import VarlenLayout
+    from padless.lengths import LengthsReport, lengths_report
     from padless.llama import replace_llama_attn_with_flash_attn
+    from padless.training import TokensCallback
     from padless.unpadded import PatchHandle, PatchReport, patch, patch_llama
     from padless.verification import VerifyReport, verify
 
@@ -33,16 +36,21 @@ _HOME = {
     "BackendUnavailableError": "padless.errors",
     "BenchReport": "padless.benchmark",
     "CheckpointError": "padless.errors",
+    "Diagnosis": "padless.diagnosis",
     "EngagementError": "padless.errors",
+    "LengthsReport": "padless.lengths",
     "PackingCollator": "padless.collators",
     "PaddingCollator": "padless.collators",
     "PadlessError": "padless.errors",
     "PatchHandle": "padless.unpadded",
     "PatchReport": "padless.unpadded",
+    "TokensCallback": "padless.training",
     "UnsupportedError": "padless.errors",
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
     "bench": "padless.benchmark",
+    "lengths_report": "padless.lengths",
+    "doctor": "padless.diagnosis",
     "patch": "padless.unpadded",
     "patch_llama": "padless.unpadded",
     "replace_llama_attn_with_flash_attn": "padless.llama",
@@ -54,16 +62,21 @@ __all__ = [
     "BackendUnavailableError",
     "BenchReport",
     "CheckpointError",
+    "Diagnosis",
     "EngagementError",
+    "LengthsReport",
     "PackingCollator",
     "PaddingCollator",
     "PadlessError",
     "PatchHandle",
     "PatchReport",
+    "TokensCallback",
     "UnsupportedError",
     "VarlenLayout",
     "VerifyReport",
     "bench",
+    "doctor",
+    "lengths_report",
     "patch",
     "patch_llama",
     "replace_llama_attn_with_flash_attn",

@@ -7,7 +7,6 @@ lengths from their copy on the host when it runs, without waiting for the device
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -140,8 +139,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
     with dispatch.no_autocast(q):
         if plan is None:
             out = torch.zeros_like(q)
-        elif _saves_lse(plan):
-            out, lse = _run_with_lse(plan, q, k, v, call.options)
+        elif dispatch.saves_lse(plan):
+            out, lse = dispatch.run_with_lse(plan, q, k, v, call.options)
         else:
             out = dispatch.run(plan, q, k, v, **call.options)
     if lse is None:
@@ -158,35 +157,12 @@ def _backward(
     with dispatch.no_autocast(q):
         if plan is None:
             grads = tuple(torch.zeros_like(x) for x in (q, k, v))
-        elif _saves_lse(plan):
-            grads = _gradients(plan, (dout, q, k, v, out), lse, call.options)
+        elif dispatch.saves_lse(plan):
+            grads = dispatch.gradients(plan, (dout, q, k, v, out), lse, call.options)
         else:
             grads = _recompute(plan, dout, (q, k, v), call.options)
     dq, dk, dv = (x.contiguous() for x in grads)
     return dq, dk, dv
-
-
-def _saves_lse(plan: dispatch.Plan) -> bool:
-    """Whether the backend's own backward can be called with what its forward left behind."""
-    ask: Callable[[], bool] | None = getattr(plan.backend, "saves_lse", None)
-    return ask is not None and len(plan.pieces) == 1 and ask()
-
-
-def _run_with_lse(
-    plan: dispatch.Plan, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    padded = (dispatch.pad_heads(x, plan.head_dim) for x in (q, k, v))
-    out, lse = plan.backend.varlen_with_lse(*padded, *plan.pieces[0], **options)
-    return out[..., : q.shape[-1]], lse
-
-
-def _gradients(
-    plan: dispatch.Plan, tensors: tuple[Tensor, ...], lse: Tensor, options: dict[str, Any]
-) -> tuple[Tensor, ...]:
-    head_dim = tensors[0].shape[-1]
-    dout, q, k, v, out = (dispatch.pad_heads(x, plan.head_dim) for x in tensors)
-    grads = plan.backend.gradients(dout, q, k, v, out, lse, *plan.pieces[0], **options)
-    return tuple(x[..., :head_dim] for x in grads)
 
 
 def _recompute(

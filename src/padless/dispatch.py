@@ -5,7 +5,7 @@ Knows adapters by name only. What a user may ask, and its checks, are in `attent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -42,9 +42,21 @@ class Plan:
 
 
 def plan_call(
-    request: AttentionRequest, backend: str, layout_q: VarlenLayout, layout_k: VarlenLayout
+    request: AttentionRequest,
+    backend: str,
+    layout_q: VarlenLayout,
+    layout_k: VarlenLayout,
+    *,
+    needs_lse: bool = False,
 ) -> Plan:
     """Chooses the backend, and cuts the batch where it is too large for the backend's indices.
+
+    Args:
+        request: what is asked.
+        backend: "auto", or the name of one.
+        layout_q: of the queries.
+        layout_k: of the keys.
+        needs_lse: whether only a backend will do that `run_with_lse` can call.
 
     Raises:
         ValueError: no backend has this name.
@@ -58,8 +70,11 @@ def plan_call(
         if selection.head_dim != request.head_dim:
             asked = replace(request, head_dim=selection.head_dim)
         pieces, reason = _cut(chosen, asked, (layout_q, layout_k))
+        plan = Plan(chosen, selection.head_dim, pieces, selection)
+        if not reason and needs_lse and not gives_lse(plan):
+            reason = "gives no logarithms of its sums in one call"
         if not reason:
-            return Plan(chosen, selection.head_dim, pieces, selection)
+            return plan
         if backend != "auto":
             raise BackendUnavailableError(f"no backend can serve {request}: {backend}: {reason}")
         passed_over[selection.name] = reason
@@ -136,6 +151,53 @@ def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
                 parts.append(_no_keys(q_i, k_i, v_i))
         out = torch.cat(parts)
     return out if head_dim == plan.head_dim else out[..., :head_dim]
+
+
+def saves_lse(plan: Plan) -> bool:
+    """Whether the backend's own backward can be called with what its forward left behind."""
+    ask: Callable[[], bool] | None = getattr(plan.backend, "saves_lse", None)
+    return ask is not None and len(plan.pieces) == 1 and ask()
+
+
+def gives_lse(plan: Plan) -> bool:
+    """Whether `run_with_lse` and `gradients` can be called, for a kernel or the formula."""
+    is_kernel = hasattr(plan.backend, "saves_lse")
+    has_both = hasattr(plan.backend, "varlen_with_lse") and len(plan.pieces) == 1
+    return saves_lse(plan) if is_kernel else has_both
+
+
+def run_with_lse(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Attends by a plan that `gives_lse`; gives the natural logarithms of the sums too.
+
+    Returns:
+        `(total_q, num_heads, head_dim)`, and float32 or float64 `(num_heads, total_q)`.
+    """
+    padded = (pad_heads(x, plan.head_dim) for x in (q, k, v))
+    out, lse = plan.backend.varlen_with_lse(*padded, *plan.pieces[0], **options)
+    return out[..., : q.shape[-1]], lse
+
+
+def gradients(
+    plan: Plan, tensors: tuple[Tensor, ...], lse: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """Goes back through `run_with_lse`.
+
+    Args:
+        plan: of the forward.
+        tensors: dout, q, k, v and out.
+        lse: of the forward. Both out and lse may be those of more keys than these, and the result
+            is these keys' share of the gradients then.
+        options: of the forward.
+
+    Returns:
+        dq, dk and dv.
+    """
+    head_dim = tensors[0].shape[-1]
+    dout, q, k, v, out = (pad_heads(x, plan.head_dim) for x in tensors)
+    grads = plan.backend.gradients(dout, q, k, v, out, lse, *plan.pieces[0], **options)
+    return tuple(x[..., :head_dim] for x in grads)
 
 
 def pad_heads(x: Tensor, head_dim: int) -> Tensor:

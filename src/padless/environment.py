@@ -1,36 +1,45 @@
-"""What this process can run: versions and importable packages. The only reader of them."""
+"""What this process can run: versions, packages, GPUs. With `installed` the only reader of them."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
+
+from padless.installed import cache_folder, import_optional, nvidia_driver, package_version
+
+__all__ = [
+    "PACKAGES",
+    "autocasts",
+    "cache_folder",
+    "cuda_fault",
+    "describe_gpu",
+    "hardware",
+    "has_sdpa",
+    "has_sdpa_gqa",
+    "import_optional",
+    "is_capturing",
+    "is_compiling",
+    "is_tracing",
+    "package_version",
+    "trial_device",
+    "versions",
+]
 
 # What takes part in a run of a LLaMA, by distribution.
 PACKAGES = (
     "torch", "triton", "transformers", "flash-attn-4", "flash-attn", "liger-kernel", "padless",
 )  # fmt: skip
 _AUTOCAST_BY_DEVICE = Version(torch.__version__).release >= (2, 4)
-
-
-def package_version(distribution: str) -> Version | None:
-    """Reads the version of an installed distribution; None if it is not installed."""
-    try:
-        return Version(importlib.metadata.version(distribution))
-    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
-        return None
 
 
 def versions() -> dict[str, str | None]:
@@ -73,23 +82,11 @@ def hardware(device: torch.device | str) -> dict[str, Any]:
             gpus=torch.cuda.device_count(),
             memory_bytes=properties.total_memory,
             multiprocessors=properties.multi_processor_count,
-            driver=first_line_of(
-                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-            ),
+            driver=nvidia_driver()[0],
             cuda=torch.version.cuda,
             cudnn=torch.backends.cudnn.version(),
         )
     return found
-
-
-def first_line_of(*command: str) -> str | None:
-    """Runs a command and returns the first line it prints; None if it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.strip().splitlines()
-    return lines[0].strip() if done.returncode == 0 and lines else None
 
 
 def _cpu() -> str:
@@ -99,29 +96,6 @@ def _cpu() -> str:
         text = ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
     return " ".join(found[1].split()) if found else platform.machine() or "unknown"
-
-
-def import_optional(module: str) -> tuple[ModuleType | None, str]:
-    """Imports a package that may be missing or broken.
-
-    Returns:
-        The module and an empty string, or None and the reason in one line. A compiled extension
-        built for another torch raises OSError or ImportError on loading, some builds anything else:
-        each is a reason here and never an error of the caller.
-    """
-    try:
-        return importlib.import_module(module), ""
-    except Exception as error:
-        # Not BaseException: Ctrl-C during a slow import must still end the program.
-        lines = str(error).splitlines() or [""]
-        return None, f"import {module} failed: {type(error).__name__}: {lines[0]}"
-
-
-def cache_folder() -> Path:
-    """Finds where padless keeps files between runs: `$PADLESS_CACHE`, else the user's cache."""
-    if own := os.environ.get("PADLESS_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "padless"
 
 
 def has_sdpa() -> bool:
@@ -168,3 +142,61 @@ def trial_device() -> torch.device:
     """
     with_liger = "liger_kernel" in sys.modules and torch.cuda.is_available()
     return torch.device("cuda" if with_liger else "cpu")
+
+
+def cuda_fault() -> str | None:
+    """Says why torch can use no GPU; None if it can."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this build of torch is for the CPU alone"
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return _first_line(error)
+    return "torch sees no GPU"
+
+
+def describe_gpu(index: int) -> dict[str, Any]:
+    """Describes a GPU by what it is, and by whether it computes.
+
+    Returns:
+        `name`, `capability` ("9.0"; None for AMD's), `memory_bytes`, `default_sdpa` (the kernel
+        that torch's SDPA takes by itself for a causal batch in half precision; None if it does not
+        say) and `fault` (why nothing can be computed there; None if it can).
+    """
+    device = torch.device("cuda", index)
+    properties = torch.cuda.get_device_properties(device)
+    described: dict[str, Any] = {
+        "name": properties.name,
+        "capability": None if torch.version.hip else f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "default_sdpa": None,
+        "fault": None,
+    }
+    try:
+        (torch.ones(1, device=device) + 1).item()
+        described["default_sdpa"] = _default_sdpa(device)
+    except Exception as error:
+        described["fault"] = _first_line(error)
+    return described
+
+
+def _default_sdpa(device: torch.device) -> str | None:
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    if choose is None:
+        return None
+    x = torch.zeros(1, 8, 256, 128, dtype=torch.float16, device=device)
+    try:
+        from torch.nn.attention import SDPBackend
+
+        # Private, and alone in knowing: the order depends on GPU, cuDNN, version and switches.
+        chosen = SDPBackend(choose(x, x, x, None, 0.0, True))
+    except Exception:
+        return None
+    return str(chosen.name).lower()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import pytest
@@ -96,7 +96,12 @@ def _liger_forward(self: Any, input_ids: Any = None, **kwargs: Any) -> CausalLMO
     return CausalLMOutputWithPast(loss=loss, logits=None)
 
 
-_liger_forward.__module__ = "liger_kernel.transformers.model.llama"
+# As if it were written there: its globals say so.
+_liger_forward = FunctionType(
+    _liger_forward.__code__,
+    {**globals(), "__name__": "liger_kernel.transformers.model.llama"},
+    "lce_forward",
+)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -2,7 +2,7 @@
 
 python -m tests.matrix.run --versions oldest,newest
 python -m tests.matrix.run --versions 4.28.1,4.46.3 -- -k logits
-python -m tests.matrix.run --write-readme
+python -m tests.matrix.run --write-docs
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def main(
     ] = "all",
     jobs: Annotated[int, typer.Option(min=1, help="Versions at the same time.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds that one version may take.")] = 900,
-    write_readme: Annotated[
-        bool, typer.Option("--write-readme", help="Put the table in README.md; all versions only.")
+    write_docs: Annotated[
+        bool,
+        typer.Option("--write-docs", help="Put the table in docs/versions.md; all versions only."),
     ] = False,
 ) -> None:
     """Run the golden tests on each transformers version and print a table version x case."""
@@ -61,8 +62,8 @@ def main(
     try:
         eras = load_eras()
         chosen = select_eras(eras, versions)
-        if write_readme and (chosen != eras or pytest_args):
-            raise MatrixError("--write-readme is for the whole matrix with all its tests")
+        if write_docs and (chosen != eras or pytest_args):
+            raise MatrixError("--write-docs is for the whole matrix with all its tests")
     except MatrixError as error:
         console.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(2) from error
@@ -70,8 +71,8 @@ def main(
     results = run_matrix(chosen, jobs, timeout, pytest_args or [], console)
     show(results, console)
     console.print(f"versions: {len(results)}, seconds: {time.monotonic() - start:.0f}")
-    if write_readme:
-        write_between_markers(CHECKOUT / "README.md", Grid(results).markdown())
+    if write_docs:
+        write_between_markers(CHECKOUT / "docs" / "versions.md", Grid(results).markdown())
     total = totals(results)
     # Plain, and last: what a log reader looks for.
     print(", ".join(f"{count} {name}" for name, count in total.items()))

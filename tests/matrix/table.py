@@ -131,7 +131,7 @@ class Grid:
         return table
 
     def markdown(self) -> str:
-        """The table and its footnotes for the README."""
+        """The table and its footnotes for the documentation."""
         lines = [
             _markdown_row(["era", "transformers", *self.cases]),
             _markdown_row(["---"] * (2 + len(self.cases))),

@@ -12,6 +12,7 @@ from padless.dispatch import Plan
 from padless.generation.decoder import Decoder
 from padless.generation.store import RaggedStore
 from padless.layout import VarlenLayout
+from padless.parallel.shard import Shard
 from padless.selection import Selection
 
 # The name under which layers get the batch where unknown arguments reach them.
@@ -44,6 +45,8 @@ class FlatBatch:
         served: what each layer did, by the module's id.
         plans: how calls of one kind are served, by what the layers tell of them.
         store: of the `generate` call that this batch belongs to; layers keep keys and values there.
+        shard: this rank's part of the row, where several share it; positions are its own then,
+            and layout is of the whole.
         decoder: attends, where the batch is one further token for each row of the store.
     """
 
@@ -55,6 +58,7 @@ class FlatBatch:
     plans: dict[Any, Plan] = field(default_factory=dict)
     store: RaggedStore | None = None
     decoder: Decoder | None = None
+    shard: Shard | None = None
 
     def __contains__(self, item: object) -> bool:
         # transformers 4.34 to 4.37 ask a mask whether a 0 is in it, and drop it if not.
@@ -81,8 +85,10 @@ class Passed:
         packing: the caller's arguments that say where documents are; older versions would refuse
             them on the way.
         is_stock: whether the inner door has to leave the batch to the stock path.
+        is_whole: why the ranks of a sequence group must not share the batch; None if they may.
     """
 
     attention_mask: Any
     packing: dict[str, Any]
     is_stock: bool
+    is_whole: str | None = None

@@ -14,27 +14,36 @@ from padless.kernels.unpad import FlatTokens
 from padless.layout import VarlenLayout
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.ledger import Ledger
+from padless.unpadded.sharding import shard_call, whole_reason
 from padless.unpadded.structure import Structure, flatten_labels, read_structure
 
 # What says where documents are; transformers' names, and a layout made beforehand.
 PACKING = ("layout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _BOUNDARIES = PACKING[:3]
 PER_TOKEN = ("labels", "shift_labels")
+# The number of each token's document, which stands beside the boundaries for layers that LLaMA has
+# not (short convolutions).
+_DOCUMENT = "seq_idx"
 # Caches whose slots are the tokens in their order, one each.
 _PLAIN_CACHES = ("DynamicCache", "StaticCache")
 DECODING = "a call behind a cache"
 
 
 def flatten_call(
-    model: Any, arguments: dict[str, Any], ledger: Ledger, era: Era
+    model: Any,
+    arguments: dict[str, Any],
+    ledger: Ledger,
+    era: Era,
+    whole: str | None = None,
 ) -> FlatBatch | None:
-    """Flattens a call of a padded batch in place.
+    """Flattens a call of a padded batch in place, and keeps this rank's part where ranks share it.
 
     Args:
         model: the `LlamaModel`.
         arguments: by name; on success those of the flat call, without `attention_mask`.
         ledger: where to count what is left to the stock path, and which backend to take.
         era: of the installed transformers.
+        whole: why ranks must not share it; None if they may.
 
     Returns:
         The batch; None if the call has to take the stock path.
@@ -54,7 +63,15 @@ def flatten_call(
     if reason is None:
         found = _read(source, arguments)
         if found.layout is not None:
-            return _flat(model, source, arguments, found, ledger.backend)
+            batch = _flat(model, source, arguments, found, ledger.backend)
+            if ledger.sequence is not None:
+                whole = whole or whole_reason(arguments)
+                if whole is None:
+                    batch.shard = shard_call(arguments, batch.layout, ledger.sequence)
+                    batch.position_ids = arguments["position_ids"]
+                else:
+                    ledger.count_whole(whole)
+            return batch
         reason = found.reason
         ledger.count_syncs(found.host_syncs)
     leave_to_stock(reason, arguments, ledger)
@@ -142,8 +159,8 @@ def _attention_dropout(model: Any) -> float:
 
 def _unknown_reason(arguments: dict[str, Any]) -> str | None:
     known = {
-        *PACKING, *PER_TOKEN, "input_ids", "inputs_embeds", "attention_mask", "position_ids",
-        "past_key_values", "cache_position", "num_items_in_batch",
+        *PACKING, *PER_TOKEN, _DOCUMENT, "input_ids", "inputs_embeds", "attention_mask",
+        "position_ids", "past_key_values", "cache_position", "num_items_in_batch",
     }  # fmt: skip
     for name, value in arguments.items():
         if name not in known and isinstance(value, Tensor) and value.dim() > 0:
@@ -218,7 +235,7 @@ def _flat(
     for name, tensor in made.items():
         if arguments.get(name) is not None:
             arguments[name] = tensor.unsqueeze(0)
-    for name in (*PACKING, "cache_position", "attention_mask"):
+    for name in (*PACKING, _DOCUMENT, "cache_position", "attention_mask"):
         arguments.pop(name, None)
     arguments["position_ids"] = tokens.positions.unsqueeze(0)
     return FlatBatch(layout, arguments["position_ids"], backend, found.host_syncs)

@@ -18,6 +18,7 @@ from padless.unpadded.outputs import pad_outputs
 from padless.unpadded.prompts import RIGHT_PADDING
 from padless.unpadded.seams import batch_arguments
 from padless.unpadded.session import current_session
+from padless.unpadded.sharding import gather_loss, gathered
 
 Forward = Callable[..., Any]
 
@@ -46,6 +47,7 @@ def model_forward(
             return inner_of(self)(*args, **kwargs)
         arguments = _named(stock, args, kwargs)
         mask = arguments.get("attention_mask")
+        whole = None
         if ARGUMENT in arguments:
             # From a patch of this model around the one of the whole process.
             return inner_of(self)(**arguments)
@@ -53,14 +55,15 @@ def model_forward(
             return inner_of(self)(**{**arguments, **batch_arguments(mask, era)})
         if isinstance(mask, Passed):
             arguments.update(mask.packing, attention_mask=mask.attention_mask)
+            whole = mask.is_whole
             if mask.is_stock:
                 return inner_of(self)(**arguments)
-        found = _flatten_call(self, arguments, ledger, era)
+        found = _flatten_call(self, arguments, ledger, era, whole)
         if found is None:
             return inner_of(self)(**_without_ours(arguments))
         as_tuple = _wants_tuple(self.config, arguments)
         arguments.update(batch_arguments(found, era), return_dict=True)
-        outputs = _pad_outputs(inner_of(self)(**arguments), found.layout)
+        outputs = _finish(inner_of(self)(**arguments), found)
         ledger.count(found)
         return outputs.to_tuple() if as_tuple else outputs
 
@@ -86,6 +89,8 @@ def causal_lm_forward(
             return inner_of(self)(*args, **kwargs)
         arguments = _named(stock, args, kwargs)
         session = _current_session(self)
+        # Ranks need not generate alike: one that ends sooner would leave the others waiting.
+        whole = None if session is None else "generate"
         if session is not None:
             served = session.serve(arguments, ledger)
             if served is not None:
@@ -102,22 +107,29 @@ def causal_lm_forward(
             with_loss = any(arguments.get(name) is not None for name in PER_TOKEN)
             if with_loss:
                 leave_to_stock("a loss of some logits", arguments, ledger)
-            return inner_of(self)(**_pass_on(arguments, is_stock=with_loss))
-        found = _flatten_call(self.model, arguments, ledger, era)
+            return inner_of(self)(**_pass_on(arguments, is_stock=with_loss, is_whole=whole))
+        found = _flatten_call(self.model, arguments, ledger, era, whole)
         if found is None:
             return inner_of(self)(**_pass_on(_without_ours(arguments), is_stock=True))
         as_tuple = _wants_tuple(self.config, arguments)
         arguments.update(attention_mask=found, return_dict=True)
-        outputs = _pad_outputs(inner_of(self)(**arguments), found.layout)
+        outputs = _finish(inner_of(self)(**arguments), found)
         ledger.count(found)
         return outputs.to_tuple() if as_tuple else outputs
 
     return _run_eagerly(forward)
 
 
+def _put_together(outputs: Any, batch: FlatBatch) -> Any:
+    if batch.shard is None:
+        return pad_outputs(outputs, batch.layout)
+    gather_loss(outputs, batch.shard)
+    return pad_outputs(outputs, batch.layout, gathered(batch.shard, batch.layout))
+
+
 # What torch.compile has to leave alone: it waits for the device, and each batch is another.
 _flatten_call = torch._dynamo.disable(flatten_call)
-_pad_outputs = torch._dynamo.disable(pad_outputs)
+_finish = torch._dynamo.disable(_put_together)
 _current_session = torch._dynamo.disable(current_session)
 
 
@@ -152,10 +164,12 @@ def _keeps_some_logits(arguments: dict[str, Any]) -> bool:
     return False
 
 
-def _pass_on(arguments: dict[str, Any], *, is_stock: bool) -> dict[str, Any]:
+def _pass_on(
+    arguments: dict[str, Any], *, is_stock: bool, is_whole: str | None = None
+) -> dict[str, Any]:
     """Hands a padded batch to the inner door, which the outer one's arguments do not all reach."""
     packing = {name: arguments.pop(name) for name in PACKING if name in arguments}
-    passed = Passed(arguments.get("attention_mask"), packing, is_stock)
+    passed = Passed(arguments.get("attention_mask"), packing, is_stock, is_whole)
     return {**arguments, "attention_mask": passed}
 
 

@@ -35,6 +35,7 @@ from padless.unpadded.ledger import Ledger
 from padless.unpadded.process import Rebound, plan_process, plan_rebound
 from padless.unpadded.proof import generation_fault, prove
 from padless.unpadded.seams import mask_changes, through
+from padless.unpadded.sharding import SequenceParallel
 
 _logger = logging.getLogger("padless")
 _process_handle: PatchHandle | None = None
@@ -49,7 +50,13 @@ Forward = Callable[..., Any]
 Maker = Callable[..., Forward]
 
 
-def patch(model: nn.Module, *, backend: str = "auto") -> PatchHandle:
+def patch(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    sequence_mesh: Any = None,
+    sequence_parallel: str = "auto",
+) -> PatchHandle:
     """Makes one model compute its real tokens only, with the best attention kernel there is.
 
     The batch is unpadded once before the embedding; head and loss run on real tokens too; what the
@@ -60,13 +67,18 @@ def patch(model: nn.Module, *, backend: str = "auto") -> PatchHandle:
     Args:
         model: a LLaMA, or what wraps one (PEFT, DDP, a classifier, ...).
         backend: of `varlen_attention`, which is used or raises; "auto" takes the best.
+        sequence_mesh: a DeviceMesh of one dimension, whose ranks share each sequence: all are given
+            the same batch, each computes a part of its tokens, and all get the same loss. Gradients
+            are to be averaged over its ranks, as DDP and FSDP do.
+        sequence_parallel: "ulysses" or "ring"; "auto" is Ulysses where the ranks divide the heads.
 
     Returns:
         A handle with `undo()`, `report()` and use as a context manager.
 
     Raises:
-        TypeError: model is not a torch module.
-        ValueError: no backend has this name.
+        TypeError: model is not a torch module, or sequence_mesh not a DeviceMesh.
+        ValueError: no backend or algorithm has this name, or the mesh more than one dimension.
+        RuntimeError: torch.distributed is not initialised.
         UnsupportedError: there is no LLaMA in the model, or one whose model or attention has
             a forward of somebody else's; or transformers is too old.
         EngagementError: the model is patched already; or the patched forwards do not compute on a
@@ -76,7 +88,10 @@ def patch(model: nn.Module, *, backend: str = "auto") -> PatchHandle:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     era = installed_era()
-    ledger = Ledger(backend)
+    sequence = None
+    if sequence_mesh is not None:
+        sequence = SequenceParallel.of(model, sequence_mesh, sequence_parallel)
+    ledger = Ledger(backend, sequence=sequence)
     changes = _plan_instance(model, ledger, era)
 
     def engage(tiny: Any) -> Callable[[], None]:

@@ -42,6 +42,8 @@ class PatchReport:
         skipped_tokens: padding that it did not compute.
         host_syncs: host synchronisations, at most one a forward.
         stock: calls left to transformers' own path, by reason.
+        sequence_parallel: algorithm and ranks that share each sequence; None if nobody does.
+        whole: calls that every rank computed as a whole, by reason.
         generations: `generate` calls that kept a cache of real tokens alone.
         decoding_steps: further tokens, one for each row, that such calls computed behind it.
         decoding_backends: such steps by the backend that attended.
@@ -62,6 +64,8 @@ class PatchReport:
     skipped_tokens: int
     host_syncs: int
     stock: dict[str, int]
+    sequence_parallel: str | None = None
+    whole: dict[str, int] = field(default_factory=dict)
     generations: int = 0
     decoding_steps: int = 0
     decoding_backends: dict[str, int] = field(default_factory=dict)
@@ -87,6 +91,9 @@ class PatchReport:
             f"  {count} left to transformers' own path: {reason}"
             for reason, count in self.stock.items()
         ]
+        if self.sequence_parallel:
+            lines.append(f"  sequences shared out by {self.sequence_parallel}")
+        lines += [f"  {n} not shared out: {reason}" for reason, n in self.whole.items()]
         if self.generations:
             lines.append(
                 f"  {self.generations} generate calls with a cache of real tokens: "
@@ -149,6 +156,8 @@ class PatchHandle:
             skipped_tokens=ledger.batch_tokens - ledger.computed_tokens,
             host_syncs=ledger.host_syncs,
             stock=dict(ledger.stock),
+            sequence_parallel=_name_of(ledger),
+            whole=dict(ledger.whole),
             generations=ledger.generations,
             decoding_steps=ledger.decoding_steps,
             decoding_backends=dict(ledger.decoding_backends),
@@ -167,3 +176,10 @@ class PatchHandle:
         traceback: TracebackType | None,
     ) -> None:
         self.undo()
+
+
+def _name_of(ledger: Ledger) -> str | None:
+    sequence = ledger.sequence
+    if sequence is None:
+        return None
+    return f"{sequence.algorithm} over {sequence.group.size} ranks"

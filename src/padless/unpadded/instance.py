@@ -24,6 +24,10 @@ INNER = "_padless_inner"
 DOOR = "_padless_door"
 LEDGER = "_padless_ledger"
 
+# Where wrappers are from that do with a flat batch what they do with a padded one: accelerate's
+# mixed precision is autocast around the forward, and outputs in float32 behind it.
+_MEANING_KEPT = ("transformers.", "accelerate.utils.operations", "torch.amp.autocast_mode")
+
 
 @dataclass(frozen=True)
 class Door(Change):
@@ -112,9 +116,21 @@ def function_of(found: Any) -> Any:
 
 
 def home_of(module: nn.Module) -> str:
-    """Names the Python module in which the forward of a module was written."""
-    found = function_of(vars(module).get(slot_of(module), ABSENT))
-    return getattr(found or type(module).forward, "__module__", "") or ""
+    """Names the Python module in which the forward of a module was written.
+
+    Of a forward in wrappers, the outermost that may compute something of its own, if there is one.
+    A wrapper may call itself by the names of what it wraps (functools.wraps), but its globals are
+    those of the module that it was written in.
+    """
+    found = function_of(vars(module).get(slot_of(module), ABSENT)) or type(module).forward
+    home: str = ""
+    while found is not None:
+        own: dict[str, str] = getattr(found, "__globals__", {})
+        home = own.get("__name__") or getattr(found, "__module__", "") or ""
+        if not home.startswith(_MEANING_KEPT):
+            break
+        found = getattr(found, "__wrapped__", None)
+    return home
 
 
 def inner_of_instance(number: int, module: nn.Module) -> Forward:

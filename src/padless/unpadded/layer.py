@@ -15,6 +15,8 @@ from padless.dispatch import no_autocast, plan_call, run, validate_layouts
 from padless.environment import is_compiling
 from padless.hf.eras import Era
 from padless.kernels.rotary import apply_rotary
+from padless.parallel.ring_plan import Options
+from padless.selection import Selection
 from padless.unpadded.batch import ARGUMENT, FlatBatch, Served
 from padless.unpadded.projections import is_plain, project
 
@@ -74,11 +76,42 @@ def _attend(
         out = batch.decoder.attend(batch.store, module.layer_idx, q, k, v, scale)
         return module.o_proj(out.reshape(1, total, -1)), None
     present = _keep(module, k, v, batch, arguments, era)
-    if is_compiling():
+    if batch.shard is not None:
+        out = _attend_shared(module, q, k, v, batch, scale)
+    elif is_compiling():
         out = varlen_attention(q, k, v, batch.layout, softmax_scale=scale, backend=batch.backend)
     else:
         out = _attend_planned(module, q, k, v, batch, scale)
     return module.o_proj(out.reshape(1, total, -1)), present
+
+
+def _attend_over_ranks(
+    module: Layer, q: Tensor, k: Tensor, v: Tensor, batch: FlatBatch, softmax_scale: float
+) -> Tensor:
+    """Attends where the ranks of a sequence group share the row."""
+    shard = batch.shard
+    assert shard is not None
+    if shard.algorithm == "ulysses":
+        return shard.attend_by_heads(
+            q, k, v, lambda q, k, v: _attend_planned(module, q, k, v, batch, softmax_scale)
+        )
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    options = Options(True, softmax_scale, deterministic, batch.backend, needs_grad)
+    out = shard.attend_in_ring(q, k, v, options)
+    local = shard.ring_plan(options, q.device).local
+    _note(module, batch, local.plan(q, k).selection)
+    return out
+
+
+# Collectives, and what differs from batch to batch: not for torch.compile.
+_attend_shared = torch._dynamo.disable(_attend_over_ranks)
+
+
+def _note(module: Layer, batch: FlatBatch, selection: Selection) -> None:
+    batch.served[id(module)] = Served(
+        type(module).__name__, getattr(module, "layer_idx", None), selection
+    )
 
 
 def _attend_planned(
@@ -90,13 +123,12 @@ def _attend_planned(
     key = (q.device, q.dtype, q.shape, k.shape, needs_grad, deterministic)
     plan = batch.plans.get(key)
     if plan is None:
-        validate_layouts(q, k, batch.layout, batch.layout)
+        layout = batch.layout if batch.shard is None else batch.shard.layout
+        validate_layouts(q, k, layout, layout)
         request = AttentionRequest.of(q, k, v, deterministic=deterministic)
-        plan = plan_call(request, batch.backend, batch.layout, batch.layout)
+        plan = plan_call(request, batch.backend, layout, layout)
         batch.plans[key] = plan
-    batch.served[id(module)] = Served(
-        type(module).__name__, getattr(module, "layer_idx", None), plan.selection
-    )
+    _note(module, batch, plan.selection)
     with no_autocast(q):
         return run(
             plan,

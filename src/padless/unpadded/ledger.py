@@ -10,6 +10,7 @@ from typing import Any
 
 from padless.selection import Candidate
 from padless.unpadded.batch import FlatBatch
+from padless.unpadded.sharding import SequenceParallel
 
 _logger = logging.getLogger("padless")
 _numbers = itertools.count()
@@ -24,10 +25,14 @@ class Ledger:
     Args:
         backend: of `varlen_attention`, or "auto".
         number: of the patch, by which its forwards know it; default: a new one.
+        sequence: who shares its sequences; None if nobody does.
     """
 
-    def __init__(self, backend: str, number: int | None = None) -> None:
+    def __init__(
+        self, backend: str, number: int | None = None, sequence: SequenceParallel | None = None
+    ) -> None:
         self.backend = backend
+        self.sequence = sequence
         self.number = next(_numbers) if number is None else number
         self.handle: Any = None
         self.forwards = 0
@@ -36,6 +41,7 @@ class Ledger:
         self.batch_tokens = 0
         self.host_syncs = 0
         self.stock: Counter[str] = Counter()
+        self.whole: Counter[str] = Counter()
         # Why generate is left alone altogether.
         self.generation_fault: str | None = None
         self.generations = 0
@@ -49,7 +55,7 @@ class Ledger:
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
-        made = Ledger(self.backend, self.number)
+        made = Ledger(self.backend, self.number, self.sequence)
         made.generation_fault = self.generation_fault
         return memo.setdefault(id(self), made)
 
@@ -61,8 +67,10 @@ class Ledger:
         """Counts a forward that ran flat."""
         with self._lock:
             self.forwards += 1
-            self.computed_tokens += batch.position_ids.shape[1]
-            self.batch_tokens += batch.layout.padded_total
+            computed = batch.position_ids.shape[1]
+            self.computed_tokens += computed
+            # What other ranks compute is no padding.
+            self.batch_tokens += batch.layout.padded_total - batch.layout.total + computed
             self.host_syncs += batch.host_syncs
             for index, served in enumerate(batch.served.values()):
                 number = index if served.layer_idx is None else served.layer_idx
@@ -85,6 +93,14 @@ class Ledger:
         if is_first:
             level = logging.INFO if is_usual else logging.WARNING
             _logger.log(level, "%s takes transformers' own path, padding and all", reason)
+
+    def count_whole(self, reason: str) -> None:
+        """Counts a call that every rank of a sequence group computes as a whole."""
+        with self._lock:
+            self.whole[reason] += 1
+            is_first = self.whole[reason] == 1
+        if is_first:
+            _logger.warning("%s is not shared out: every rank computes the whole of it", reason)
 
     def count_generation(self, backend: str, *, steps: int, replays: int, left_out: int) -> None:
         """Counts a `generate` call whose prompt and steps ran on real tokens only."""

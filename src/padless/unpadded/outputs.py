@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +16,15 @@ _PER_TOKEN = ("last_hidden_state", "hidden_states")
 _lock = threading.RLock()
 
 
-def pad_outputs(outputs: Any, layout: VarlenLayout) -> Any:
+def pad_outputs(
+    outputs: Any, layout: VarlenLayout, gather: Callable[[Tensor], Tensor] | None = None
+) -> Any:
     """Pads a model's outputs back, zeros at padding; logits only once they are read.
 
     Args:
         outputs: a transformers ModelOutput of the flat batch, changed in place.
         layout: of the batch.
+        gather: collects the tokens of a flat row that ranks share; None if nobody does.
 
     Returns:
         The same object.
@@ -31,24 +35,29 @@ def pad_outputs(outputs: Any, layout: VarlenLayout) -> Any:
     for name in _PER_TOKEN:
         value = outputs.get(name)
         if isinstance(value, Tensor):
-            outputs[name] = _pad(value, layout)
+            outputs[name] = _pad(_whole(value, gather), layout)
         elif value is not None:
-            outputs[name] = tuple(_pad(each, layout) for each in value)
+            outputs[name] = tuple(_pad(_whole(each, gather), layout) for each in value)
     logits = outputs.get("logits")
     if logits is None:
         return outputs
-    if layout.indices is None:
+    if layout.indices is None and gather is None:
         outputs["logits"] = _pad(logits, layout)
         return outputs
     plain: Any = type(outputs)
     lazy = _lazy(plain)
     outputs.__dict__["_padless_layout"] = layout
+    outputs.__dict__["_padless_gather"] = gather
     outputs.__class__ = lazy
     return outputs
 
 
 def _pad(flat: Tensor, layout: VarlenLayout) -> Tensor:
     return layout.pad(flat[0])  # (1, total, ...) to (batch, seqlen, ...)
+
+
+def _whole(flat: Tensor, gather: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return flat if gather is None else gather(flat)
 
 
 def _settle(outputs: Any) -> None:
@@ -61,12 +70,14 @@ def _settle(outputs: Any) -> None:
         layout = outputs.__dict__.get("_padless_layout")
         # Without a layout it is one that somebody has built from an instance's class and values.
         if layout is not None:
-            padded = _pad(outputs.__dict__["logits"], layout)
+            gather = outputs.__dict__.get("_padless_gather")
+            padded = _pad(_whole(outputs.__dict__["logits"], gather), layout)
             OrderedDict.__setitem__(outputs, "logits", padded)
             outputs.__dict__["logits"] = padded
         # Last: from now on nobody asks here.
         object.__setattr__(outputs, "__class__", plain)
         outputs.__dict__.pop("_padless_layout", None)
+        outputs.__dict__.pop("_padless_gather", None)
 
 
 def _reads_logits(outputs: Any, key: Any) -> bool:

@@ -1,0 +1,180 @@
+"""What one rank does in each step of the ring: made once a batch, for all its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from padless import dispatch
+from padless.backends.request import AttentionRequest
+from padless.layout import VarlenLayout
+from padless.parallel.blocks import Range, local_lengths, visible_blocks
+from padless.parallel.split import SequenceSplit
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call asks for beside the data.
+
+    Attributes:
+        causal: whether queries see no later keys.
+        softmax_scale: factor of the scores.
+        deterministic: whether gradients repeat.
+        backend: of `varlen_attention`, or "auto".
+        needs_grad: whether there will be a backward.
+    """
+
+    causal: bool
+    softmax_scale: float
+    deterministic: bool
+    backend: str
+    needs_grad: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of a tensor, in order: a stretch of it where they are neighbours."""
+
+    stretch: slice | None
+    index: Tensor | None
+
+    @classmethod
+    def of_ranges(cls, ranges: Sequence[Range], device: torch.device) -> Rows:
+        """Joins ranges that ascend."""
+        if all(a[1] == b[0] for a, b in pairwise(ranges)):
+            return cls(slice(ranges[0][0], ranges[-1][1]), None)
+        found = [torch.arange(start, stop) for start, stop in ranges]
+        return cls(None, torch.cat(found).to(device, non_blocking=True))
+
+    def of(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Takes the rows: a view of a stretch, else a copy."""
+        if self.index is not None:
+            return x.index_select(dim, self.index)
+        return x.narrow(dim, self.stretch.start, self.stretch.stop - self.stretch.start)  # type: ignore[union-attr]
+
+    def of_both(self, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the rows of keys and values `(2, rows, heads, head_dim)`."""
+        return self.of(pair[0]), self.of(pair[1])
+
+    def put(self, x: Tensor, rows: Tensor, dim: int = 0) -> None:
+        """Puts back what `of` gave, if it was a copy; of a view x has it already."""
+        if self.index is not None:
+            x.index_copy_(dim, self.index, rows)
+
+    def add(self, x: Tensor, rows: Tensor) -> None:
+        """Adds to the rows."""
+        if self.index is not None:
+            x.index_add_(0, self.index, rows.to(x.dtype))
+        else:
+            x[self.stretch] += rows
+
+
+@dataclass(eq=False)
+class Block:
+    """One call of a kernel: some queries, the keys that they see, and how."""
+
+    queries: Rows
+    keys: Rows
+    layout_q: VarlenLayout
+    layout_k: VarlenLayout
+    options: Options
+    is_causal: bool
+    _plans: dict[Any, dispatch.Plan] = field(default_factory=dict)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Attends: out and lse in float32, or float64 from float64."""
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        if not q.shape[0]:
+            return q.to(exact), q.new_zeros(q.shape[1], 0, dtype=exact)
+        out, lse = dispatch.run_with_lse(self.plan(q, k), q, k, v, self._asked())
+        # Copies: both are written to, and a kernel's own backward may have kept them.
+        return out.to(exact, copy=True), lse.to(exact, copy=True)
+
+    def gradients(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Gives dq, dk and dv: these keys' share of them."""
+        if not q.shape[0]:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        plan = self.plan(q, k)
+        return dispatch.gradients(plan, (dout.contiguous(), q, k, v, out), lse, self._asked())
+
+    def plan(self, q: Tensor, k: Tensor) -> dispatch.Plan:
+        """Chooses the backend, once for all layers of a kind."""
+        key = (q.device, q.dtype, q.shape[1:], k.shape[1])
+        if key not in self._plans:
+            request = AttentionRequest.of(
+                q, k, causal=self.is_causal, deterministic=self.options.deterministic
+            )
+            # Inside of an autograd function no tensor tells.
+            request = replace(request, needs_grad=self.options.needs_grad)
+            self._plans[key] = dispatch.plan_call(
+                request, self.options.backend, self.layout_q, self.layout_k, needs_lse=True
+            )
+        return self._plans[key]
+
+    def _asked(self) -> dict[str, Any]:
+        return {
+            "causal": self.is_causal,
+            "softmax_scale": self.options.softmax_scale,
+            "window_size": (None, None),
+            "deterministic": self.options.deterministic,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class RingPlan:
+    """All that one rank does.
+
+    Attributes:
+        local: its own queries and keys.
+        blocks: for each step, what its queries see of the keys that are there then; step i has
+            those of the rank i places in front of it, and step 0 is `local`.
+        shared: of each rank, how many of its tokens travel.
+    """
+
+    local: Block
+    blocks: tuple[tuple[Block, ...], ...]
+    shared: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, split: SequenceSplit, rank: int, options: Options, device: torch.device
+    ) -> RingPlan:
+        """Makes the plan of a rank.
+
+        Args:
+            split: of the flat row, by `split_balanced`.
+            rank: of the group.
+            options: of the calls.
+            device: of the tensors.
+        """
+        lengths = local_lengths(split, rank)
+        own = VarlenLayout.from_lengths(lengths, device=device)
+        everything = Rows(slice(0, own.total), None)
+        local = Block(everything, everything, own, own, options, options.causal)
+        steps: list[tuple[Block, ...]] = [()]
+        for step in range(1, split.ranks):
+            source = (rank - step) % split.ranks
+            found = visible_blocks(split, rank, source, causal=options.causal)
+            steps.append(tuple(_block(each.queries, each.keys, options, device) for each in found))
+        shared = tuple(
+            sum(piece.tokens for piece in split.shared(each)) for each in range(split.ranks)
+        )
+        return cls(local, tuple(steps), shared)
+
+
+def _block(
+    queries: Sequence[Range], keys: Sequence[Range], options: Options, device: torch.device
+) -> Block:
+    layouts = [
+        VarlenLayout.from_lengths([stop - start for start, stop in ranges], device=device)
+        for ranges in (queries, keys)
+    ]
+    rows = [Rows.of_ranges(ranges, device) for ranges in (queries, keys)]
+    return Block(rows[0], rows[1], layouts[0], layouts[1], options, False)
