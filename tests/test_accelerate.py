@@ -80,3 +80,27 @@ def test_patched_after_the_logits_are_padded_only_when_they_are_read(
         out = model(**batch, use_cache=False)
         assert out.__dict__["logits"].shape == (1, 14, VOCABULARY)
         assert out.logits.shape == (2, 9, VOCABULARY)
+
+
+def test_a_patch_inside_of_mixed_precision_is_set_aside_and_comes_back(
+    model: LlamaForCausalLM, prepare: Callable[..., Any], batch: dict[str, Tensor]
+) -> None:
+    handle = padless.patch(model)
+    model = prepare(model)
+    model(**batch)
+    # Verifying sets the patch aside.
+    asked = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    report = padless.verify(model, asked, paths=("patch",), new_tokens=2)
+    assert {check.name for check in report.paths[0].checks if not check.passed} <= {
+        # bfloat16 rounds by other batches.
+        "greedy tokens"
+    }
+    assert handle.report().forwards == 1
+    model(**batch)
+    assert handle.report().forwards == 2
+    handle.undo()
+    model(**batch)
+    assert handle.report().forwards == 2
+    with padless.patch(model) as again:
+        model(**batch)
+        assert again.report().forwards == 1

@@ -7,6 +7,7 @@ parameters, buffers or the config.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -18,6 +19,8 @@ from padless.hf.changes import ABSENT, Change
 from padless.unpadded.ledger import Ledger
 
 Forward = Callable[..., Any]
+
+_logger = logging.getLogger("padless")
 
 # Attributes of patched instances; a copy of the model has its own.
 INNER = "_padless_inner"
@@ -35,6 +38,9 @@ class Door(Change):
 
     def apply(self) -> None:
         """Puts the forward in place and keeps what stands there for it to call."""
+        if vars(self.owner).get(DOOR) is self.new:
+            # Set aside for a while, inside of a wrapper that has stayed.
+            return
         slot = slot_of(self.owner)
         found = vars(self.owner).get(slot, ABSENT)
         if found is not ABSENT:
@@ -43,7 +49,12 @@ class Door(Change):
         setattr(self.owner, slot, self.new)
 
     def revert(self) -> None:
-        """Puts back what the forward calls by now."""
+        """Puts back what the forward calls by now; inside of somebody's wrapper it stays."""
+        current = vars(self.owner).get(slot_of(self.owner))
+        if current is not None and current is not self.new and not _is_liger(current):
+            # What the wrapper calls finds that the patch is not in force.
+            _logger.warning("%s was replaced again since; undo leaves it as it is", self.where)
+            return
         inner = vars(self.owner).get(INNER, ABSENT)
         if inner is not ABSENT:
             delattr(self.owner, INNER)
@@ -89,7 +100,7 @@ class StepInFront:
         door = vars(module).get(DOOR)
         if found is None or door is None or found is door:
             return
-        if str(getattr(found, "__module__", "")).startswith("liger_kernel."):
+        if _is_liger(found):
             setattr(module, INNER, found)
             module.forward = door
 
@@ -100,6 +111,10 @@ class StepInFront:
         # A pickled model is an unpatched one, and loads without padless: something that does
         # nothing takes the hook's place.
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _is_liger(found: Any) -> bool:
+    return str(getattr(found, "__module__", "")).startswith("liger_kernel.")
 
 
 def slot_of(module: nn.Module) -> str:
