@@ -11,14 +11,14 @@ from torch import Tensor
 import padless
 from benchmarks import names, peers
 from benchmarks.layer_batch import LayerBatch
-from benchmarks.models import (
+from padless.benchmark.models import (
     Shape,
     attention_flops,
     build_llama,
     sharing_copy,
     trusted_sdpa,
 )
-from benchmarks.variant import Variant, WrongNumbersError
+from padless.benchmark.variant import Variant, WrongNumbersError
 from padless.unpadded.batch import ARGUMENT, FlatBatch
 
 # Root mean square of the difference from transformers' SDPA, over that of its result: bfloat16

@@ -7,11 +7,11 @@ import random
 import torch
 
 from benchmarks import names
-from benchmarks.batches import draw_lengths, make_batch
-from benchmarks.models import SMOKE, Shape, step_flops
 from benchmarks.record import Record, parser
 from benchmarks.step_variants import TrainingStep
-from benchmarks.timing import measure
+from padless.benchmark.batches import draw_lengths, make_batch
+from padless.benchmark.models import SMOKE, Shape, step_flops
+from padless.benchmark.timing import measure
 
 _SHAPE = Shape(576, 9, 3, 6, 1536, 8192)
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.batches import draw_lengths
 from benchmarks.generation_timing import Turn, measure_generation
 from benchmarks.generation_variants import Builder, Generation
-from benchmarks.models import LLAMA_8B_WIDTH, SMOKE
 from benchmarks.prompts import make_prompts, new_widths
 from benchmarks.record import Record, parser
-from benchmarks.variant import WrongNumbersError
+from padless.benchmark.batches import draw_lengths
+from padless.benchmark.models import LLAMA_8B_WIDTH, SMOKE
+from padless.benchmark.variant import WrongNumbersError
 
 
 class Case(NamedTuple):

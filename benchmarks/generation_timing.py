@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.clock import Clock
 from benchmarks.generation_variants import Builder, Generating
 from benchmarks.prompts import Prompts
-from benchmarks.timing import free_memory, give_up, without_collections
-from benchmarks.variant import Timing
+from padless.benchmark.clock import Clock
+from padless.benchmark.reasons import free_memory, give_up
+from padless.benchmark.timing import without_collections
+from padless.benchmark.variant import Timing
 
 # The prompts of the call for one token, and those of the other: same shape, or one of their own.
 Turn = tuple[Prompts, Prompts]

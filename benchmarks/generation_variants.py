@@ -15,9 +15,9 @@ from torch import Tensor
 import padless
 from benchmarks import names
 from benchmarks.continuous import Continuous
-from benchmarks.models import Shape, build_llama, sharing_copy, trusted_sdpa
 from benchmarks.prompts import Prompts
-from benchmarks.timing import free_memory
+from padless.benchmark.models import Shape, build_llama, sharing_copy, trusted_sdpa
+from padless.benchmark.reasons import free_memory
 
 _logger = logging.getLogger("benchmarks")
 

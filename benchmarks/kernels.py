@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.models import attention_flops
 from benchmarks.record import Record, parser
-from benchmarks.timing import measure
-from benchmarks.variant import Variant, WrongNumbersError
 from padless import varlen_attention
+from padless.benchmark.models import attention_flops
+from padless.benchmark.timing import measure
+from padless.benchmark.variant import Variant, WrongNumbersError
 from padless.kernels.rotary import apply_rotary, rotary_backend
 from padless.layout import VarlenLayout
 

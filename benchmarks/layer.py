@@ -8,11 +8,11 @@ import random
 import torch
 
 from benchmarks.attention_layer import AttentionLayer
-from benchmarks.batches import draw_lengths
 from benchmarks.layer_batch import LayerBatch
-from benchmarks.models import Shape
 from benchmarks.record import Record, parser
-from benchmarks.timing import measure
+from padless.benchmark.batches import draw_lengths
+from padless.benchmark.models import Shape
+from padless.benchmark.timing import measure
 
 # Name, heads, KV heads, rows, slots of a row, share of real tokens.
 CASES = (

@@ -10,10 +10,10 @@ import torch
 from benchmarks import names
 from benchmarks.attention_layer import AttentionLayer
 from benchmarks.layer_batch import LayerBatch
-from benchmarks.models import Shape
 from benchmarks.record import Record, parser
-from benchmarks.timing import measure
-from benchmarks.variant import Timing
+from padless.benchmark.models import Shape
+from padless.benchmark.timing import measure
+from padless.benchmark.variant import Timing
 
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _SHAPE = Shape(4096, 32, 8, 1, 0, 0)

@@ -18,9 +18,9 @@ import torch
 
 import padless
 from benchmarks import names
-from benchmarks.models import SMOKE, build_llama, sharing_copy
 from benchmarks.record import Record, parser
-from benchmarks.variant import Timing
+from padless.benchmark.models import SMOKE, build_llama, sharing_copy
+from padless.benchmark.variant import Timing
 
 STEPS = 50
 _ROWS = 4

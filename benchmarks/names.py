@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from padless.benchmark.names import PADLESS as PADLESS
+from padless.benchmark.names import with_liger as with_liger
+
 EAGER = "transformers eager"
 SDPA = "transformers sdpa (default)"
 SDPA_COMPILED = "transformers sdpa, torch.compile"
@@ -13,7 +16,6 @@ CONTINUOUS = "transformers continuous batching"
 CONTINUOUS_FA4 = "transformers continuous batching, flash_attention_4"
 FA4 = "transformers flash_attention_4"
 FA4_BY_HAND = "transformers flash_attention_4, flattened by hand"
-PADLESS = "padless"
 PADLESS_TORCH = "padless, torch alone"
 ORIGINAL_FLASH = "the original, flash path"
 ORIGINAL_SDPA = "the original, sdpa path"
@@ -24,8 +26,3 @@ FLOORS = (FLOOR, FLOOR_ONE_PRODUCT)
 GENERATION_PEERS = (
     SDPA, SDPA_NO_CUDNN, SDPA_STATIC, SDPA_STATIC_COMPILED, FA4, CONTINUOUS, CONTINUOUS_FA4,
 )  # fmt: skip
-
-
-def with_liger(name: str) -> str:
-    """Makes the name of a row's twin with Liger-Kernel."""
-    return f"{name} + Liger"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import names
-from benchmarks.plot_style import STYLE, color_of, new_figure, timed
 from benchmarks.results_folder import Json, median_ms
+from padless.benchmark.plot_style import STYLE, color_of, new_figure, timed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.record import slug
 from benchmarks.results_folder import Json, device
+from padless.benchmark.names import slug
 
 _TITLES = {
     "step": "A training step",

@@ -10,19 +10,18 @@ import matplotlib
 
 from benchmarks import names
 from benchmarks.plot_names import file_name
-from benchmarks.plot_style import (
-    INK,
+from benchmarks.plots_generation import plot_generation
+from benchmarks.results_folder import Json, median_ms
+from padless.benchmark.bars import draw_bars
+from padless.benchmark.plot_style import (
     LINES,
     OURS,
     PEER,
     PEER_LIGER,
     STYLE,
-    color_of,
     new_figure,
     timed,
 )
-from benchmarks.plots_generation import plot_generation
-from benchmarks.results_folder import Json, median_ms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,41 +68,8 @@ def _step(record: Json) -> Figure:
         height_ratios=[2 + count for count in counts],
     )
     for line, table in zip(axes, tables, strict=False):
-        _bars(line[0], table)
+        draw_bars(line[0], table)
     return figure
-
-
-def _bars(axis: Axes, table: Json) -> None:
-    """Draws a bar a row, fastest on top, with its time and its multiple of the floor."""
-    rows = sorted(timed(table), key=lambda row: -row["forward_backward_ms"]["median"])
-    floor = table.get("floor_ms")
-    times = [row["forward_backward_ms"]["median"] for row in rows]
-    places = range(len(rows))
-    axis.barh(places, times, color=[color_of(row["name"]) for row in rows], height=0.72)
-    for place, row, ms in zip(places, rows, times, strict=True):
-        spread = row["forward_backward_ms"]
-        axis.plot([spread["p20"], spread["p80"]], [place, place], color=INK, linewidth=1)
-        label = f" {ms:.0f} ms" if ms >= 20 else f" {ms:.1f} ms"
-        if floor:
-            label += f", {ms / floor:.2f} x floor"
-        elif "again_ms" in row:
-            label += f", {row['again_ms']['median']:.0f} ms when met again"
-        weight = "bold" if row["name"].startswith("padless") else "normal"
-        end = max(ms, spread["p80"])
-        axis.text(end, place, label, va="center", fontsize=8.5, fontweight=weight)
-    axis.set_yticks(places, [row["name"] for row in rows], fontsize=8.5)
-    for text, row in zip(axis.get_yticklabels(), rows, strict=True):
-        text.set_fontweight("bold" if row["name"].startswith("padless") else "normal")
-    if floor:
-        axis.axvline(floor, color="#b45309", linewidth=1.2, linestyle=(0, (4, 2)))
-        note = f"floor {floor:.0f} ms" if floor >= 20 else f"floor {floor:.2g} ms"
-        axis.text(floor, len(rows) - 0.4, note, color="#b45309", fontsize=8.5, va="bottom")
-    axis.set_title(table["case"], pad=20)
-    axis.set_xlim(0, 1.4 * max(times))
-    axis.set_ylim(-0.6, len(rows) - 0.4)
-    axis.tick_params(axis="y", length=0)
-    axis.set_xlabel("milliseconds")
-    axis.grid(axis="x")
 
 
 def _layer(record: Json) -> Figure:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.plot_style import INK, color_of, new_figure, timed
 from benchmarks.results_folder import Json
+from padless.benchmark.plot_style import INK, color_of, new_figure, timed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import re
 import shlex
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +14,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.clock import Ceilings, Clock, measure_ceilings
-from benchmarks.timing import spread
-from benchmarks.variant import Timing
+from padless.benchmark.clock import Ceilings, Clock, measure_ceilings
+from padless.benchmark.names import slug
+from padless.benchmark.rows import rows
+from padless.benchmark.variant import Timing
+from padless.environment import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT = 1
-PACKAGES = (
-    "torch", "triton", "transformers", "flash-attn-4", "flash-attn", "liger-kernel", "padless",
-)  # fmt: skip
 COUNTING = (
     "FLOPs: 2 m n k for a matrix product forward and twice that backward; causal attention half of "
     "4 seqlen^2 num_heads head_dim forward and 2.5 times that backward; nothing else. Bytes: each "
@@ -71,7 +65,7 @@ class Record:
         self.smoke: bool = arguments.smoke
         self.out: Path = arguments.out
         self.clock = Clock(arguments.device)
-        self.hardware = _hardware(arguments.device)
+        self.hardware = hardware(arguments.device)
         self.ceilings: Ceilings = measure_ceilings(self.clock, smoke=self.smoke)
         torch.manual_seed(arguments.seed)
         self.content: dict[str, Any] = {
@@ -146,64 +140,6 @@ class Record:
         return path
 
 
-def rows(timings: list[Timing]) -> list[dict[str, Any]]:
-    """Makes the rows of a table: figures or a reason, and the time over each other row's.
-
-    Args:
-        timings: of the variants.
-    """
-    made = []
-    for timing in timings:
-        row: dict[str, Any] = {"name": timing.name, "reason": timing.reason}
-        if timing.reason is None:
-            row.update({f"{key}_ms": spread(found) for key, found in timing.samples.items()})
-            row["peak_bytes"] = timing.peak_bytes
-            if "again" in timing.samples:
-                pairs = zip(
-                    timing.samples["forward_backward"], timing.samples["again"], strict=True
-                )
-                row["first_over_again"] = statistics.median(a / b for a, b in pairs)
-        row.update(timing.facts)
-        made.append(row)
-    times = {row["name"]: headline(row) for row in made}
-    for row in made:
-        own = times[row["name"]]
-        if own is not None:
-            row["over"] = {
-                name: own / other for name, other in times.items() if other and name != row["name"]
-            }
-    return made
-
-
-def headline(row: dict[str, Any]) -> float | None:
-    """Reads the milliseconds that a row is compared by: the median of all that it does, or None."""
-    measures = ("forward_backward_ms", "forward_ms", "decode_ms")
-    found = next((row[measure] for measure in measures if row.get(measure)), None)
-    return float(found["median"]) if found else None
-
-
-def slug(device: str) -> str:
-    """Makes a part of a file name of a device's name."""
-    plain = re.sub(r"\((r|tm)\)|@.*|\bprocessor\b", " ", device.lower())
-    return "-".join(re.findall(r"[a-z0-9]+", plain))
-
-
-def versions() -> dict[str, str | None]:
-    """Reads the versions of everything that takes part."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["torch"] = str(torch.__version__)
-    if found["padless"] is None:
-        import padless
-
-        found["padless"] = getattr(padless, "__version__", "from source")
-    return found
-
-
 def _command(name: str) -> str:
     """Makes the command that repeats this run; where its record went is nobody's concern."""
     given = iter(sys.argv[1:])
@@ -216,49 +152,14 @@ def _command(name: str) -> str:
     return shlex.join(["python", "-m", f"benchmarks.{name}", *kept])
 
 
-def _hardware(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "kind": device,
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "threads": torch.get_num_threads(),
-    }
-    found["device"] = found["cpu"]
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found.update(
-            device=properties.name,
-            gpus=torch.cuda.device_count(),
-            memory_bytes=properties.total_memory,
-            multiprocessors=properties.multi_processor_count,
-            driver=_driver(),
-            cuda=torch.version.cuda,
-            cudnn=torch.backends.cudnn.version(),
-        )
-    return found
-
-
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    return " ".join(found[1].split()) if found else platform.machine() or "unknown"
-
-
-def _driver() -> str | None:
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
 def _commit() -> str | None:
     folder = Path(__file__).parent
-    commit = _output("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")
-    changed = commit and _output("git", "-C", str(folder), "status", "--porcelain", "-uno")
+    commit = _first_line_of("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")
+    changed = commit and _first_line_of("git", "-C", str(folder), "status", "--porcelain", "-uno")
     return f"{commit}, with changes" if changed else commit
 
 
-def _output(*command: str) -> str | None:
+def _first_line_of(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.clock import Clock
-from benchmarks.models import attention_flops
 from benchmarks.record import Record, parser
 from benchmarks.sequence_peers import ONE, Peer, peers
-from benchmarks.timing import free_memory, give_up
-from benchmarks.variant import Timing, WrongNumbersError
 from padless import VarlenLayout
+from padless.benchmark.clock import Clock
+from padless.benchmark.models import attention_flops
+from padless.benchmark.reasons import free_memory, give_up
+from padless.benchmark.variant import Timing, WrongNumbersError
 
 _TOKENS = (32768, 65536, 131072)
 _HEADS = (32, 8, 128)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from benchmarks import names
-from benchmarks.batches import Batch, draw_lengths, make_batch
-from benchmarks.models import LLAMA_8B_WIDTH, SMOKE, step_flops
 from benchmarks.record import Record, parser
 from benchmarks.step_variants import TrainingStep
-from benchmarks.timing import measure
-from benchmarks.variant import Variant
+from padless.benchmark.batches import Batch, draw_lengths, make_batch
+from padless.benchmark.models import LLAMA_8B_WIDTH, SMOKE, step_flops
+from padless.benchmark.timing import measure
+from padless.benchmark.training_step import widening
+from padless.benchmark.variant import Variant
 
 # Key for the command line, rows, slots of a row, share of real tokens, new lengths at every step.
 Case = tuple[str, int, int, float, bool]
@@ -68,7 +69,7 @@ def _measure_case(
     drawn: list[Batch] = []
     if is_new:
         builders = {
-            name: _widening(build, columns)
+            name: widening(build, columns)
             for columns, (name, build) in enumerate(builders.items())
             if not name.startswith(_WITHOUT_NEW_LENGTHS)
         }
@@ -117,22 +118,12 @@ def _measure_case(
 def _widths(seqlen: int, apart: int, rng: random.Random) -> list[int]:
     """Draws widths of batches, from three quarters of seqlen on, none near to another.
 
-    Each variant pads its batch by some columns more than the one in front of it (`_widening`): what
+    Each variant pads its batch by some columns more than the one in front of it (`widening`): what
     is kept by shape, such as a plan of cuDNN, must not serve two of them.
     """
     widths = list(range(3 * seqlen // 4, seqlen - apart, apart + 1))
     rng.shuffle(widths)
     return widths
-
-
-def _widening(build: Callable[[], Variant], columns: int) -> Callable[[], Variant]:
-    def widened() -> Variant:
-        variant = build()
-        prepare = variant.prepare
-        variant.prepare = lambda batch: prepare(batch.widened(columns))
-        return variant
-
-    return widened
 
 
 if __name__ == "__main__":

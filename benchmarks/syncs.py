@@ -14,11 +14,11 @@ from torch._dynamo.utils import counters
 
 import padless
 from benchmarks import names
-from benchmarks.batches import Batch, draw_lengths, make_batch
-from benchmarks.models import SMOKE, Shape, sharing_copy
 from benchmarks.record import Record, parser
 from benchmarks.step_variants import TrainingStep
-from benchmarks.variant import Timing, Variant
+from padless.benchmark.batches import Batch, draw_lengths, make_batch
+from padless.benchmark.models import SMOKE, Shape, sharing_copy
+from padless.benchmark.variant import Timing, Variant
 
 # Small: nothing is timed. Heads are of a size that all kernels take.
 _SHAPE = Shape(1024, 8, 2, 2, 2048, 4096)

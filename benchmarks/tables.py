@@ -15,10 +15,10 @@ from benchmarks.markdown import (
     titled,
     write_table,
 )
-from benchmarks.record import headline
 from benchmarks.results_folder import Json, device, median_ms, of_script
 from benchmarks.tables_generation import write_generation
 from benchmarks.targets import Verdict, judge
+from padless.benchmark.rows import headline
 
 
 def sections(records: Sequence[Json]) -> dict[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import names
-from benchmarks.record import COUNTING, FORMAT, rows
-from benchmarks.variant import Timing
+from benchmarks.record import COUNTING, FORMAT
+
+from padless.benchmark.rows import rows
+from padless.benchmark.variant import Timing
 
 GPU = {
     "kind": "cuda", "device": "NVIDIA Z999", "driver": "1.2.3", "cuda": "13.0", "cpu": "x",

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from benchmarks.clock import Clock
+
+from padless.benchmark.clock import Clock
 
 
 @functools.cache

@@ -14,11 +14,11 @@ from benchmarks import generation, names
 from benchmarks.continuous import Continuous
 from benchmarks.generation_timing import measure_generation
 from benchmarks.generation_variants import Generating, Generation
-from benchmarks.models import SMOKE
 from benchmarks.prompts import Prompts, make_prompts, new_widths
-from benchmarks.variant import Timing, WrongNumbersError
 
 from benchmark_runs import HandClock, smoke_record
+from padless.benchmark.models import SMOKE
+from padless.benchmark.variant import Timing, WrongNumbersError
 
 # What a machine without a GPU has of the rows.
 ON_CPU = {

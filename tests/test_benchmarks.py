@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import names, record, step, timing
+from benchmarks import names, record, step
 from benchmarks.attention_layer import AttentionLayer
-from benchmarks.batches import IGNORED, draw_lengths, make_batch
-from benchmarks.clock import Clock
 from benchmarks.layer_batch import LayerBatch
-from benchmarks.models import (
+from benchmarks.step_variants import TrainingStep
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmark_runs import HandClock, smoke_record
+from padless.benchmark.batches import IGNORED, draw_lengths, make_batch
+from padless.benchmark.clock import Clock
+from padless.benchmark.models import (
     LLAMA_8B_WIDTH,
     SMOKE,
     Liger,
@@ -25,12 +29,10 @@ from benchmarks.models import (
     sharing_copy,
     step_flops,
 )
-from benchmarks.step_variants import TrainingStep
-from benchmarks.timing import measure
-from benchmarks.variant import Timing, Variant, WrongNumbersError
-from torch.utils.flop_counter import FlopCounterMode
-
-from benchmark_runs import HandClock, smoke_record
+from padless.benchmark.names import slug
+from padless.benchmark.rows import rows, spread
+from padless.benchmark.timing import measure
+from padless.benchmark.variant import Timing, Variant, WrongNumbersError
 
 # What a machine without a GPU has of each script's rows.
 ON_CPU = {
@@ -297,7 +299,7 @@ def test_forward_is_timed_without_autograd_for_inference() -> None:
 
 
 def test_spread_takes_percentiles() -> None:
-    found = timing.spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    found = spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
     assert found == {"median": 3.5, "p20": 2.0, "p80": 5.0, "count": 6}
 
 
@@ -305,7 +307,7 @@ def test_rows_compare_with_each_other() -> None:
     fast = Timing("fast", samples={"forward": [1.0], "forward_backward": [2.0]})
     slow = Timing("slow", samples={"forward": [1.0], "forward_backward": [5.0]})
     none = Timing("none", reason="not there")
-    made = {row["name"]: row for row in record.rows([fast, slow, none])}
+    made = {row["name"]: row for row in rows([fast, slow, none])}
 
     assert made["slow"]["over"] == {"fast": 2.5}
     assert made["fast"]["over"] == {"slow": 0.4}
@@ -313,8 +315,8 @@ def test_rows_compare_with_each_other() -> None:
 
 
 def test_slug_makes_file_names() -> None:
-    assert record.slug("NVIDIA H200") == "nvidia-h200"
-    assert record.slug("Intel(R) Xeon(R) CPU E5-2690 v3 @ 2.60GHz") == "intel-xeon-cpu-e5-2690-v3"
+    assert slug("NVIDIA H200") == "nvidia-h200"
+    assert slug("Intel(R) Xeon(R) CPU E5-2690 v3 @ 2.60GHz") == "intel-xeon-cpu-e5-2690-v3"
 
 
 # --- batches

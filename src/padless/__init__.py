@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from padless.attention import varlen_attention
+    from padless.benchmark import BenchReport, bench
     from padless.collators import PackingCollator, PaddingCollator
     from padless.diagnosis import Diagnosis, doctor
     from padless.errors import (
@@ -33,6 +34,7 @@ logging.getLogger("padless").addHandler(logging.NullHandler())
 
 _HOME = {
     "BackendUnavailableError": "padless.errors",
+    "BenchReport": "padless.benchmark",
     "CheckpointError": "padless.errors",
     "Diagnosis": "padless.diagnosis",
     "EngagementError": "padless.errors",
@@ -46,6 +48,7 @@ _HOME = {
     "UnsupportedError": "padless.errors",
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
+    "bench": "padless.benchmark",
     "lengths_report": "padless.lengths",
     "doctor": "padless.diagnosis",
     "patch": "padless.unpadded",
@@ -57,6 +60,7 @@ _HOME = {
 
 __all__ = [
     "BackendUnavailableError",
+    "BenchReport",
     "CheckpointError",
     "Diagnosis",
     "EngagementError",
@@ -70,6 +74,7 @@ __all__ = [
     "UnsupportedError",
     "VarlenLayout",
     "VerifyReport",
+    "bench",
     "doctor",
     "lengths_report",
     "patch",

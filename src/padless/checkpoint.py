@@ -32,7 +32,11 @@ _LONGEST_REASON = 300
 
 
 def load_llama(
-    folder: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    num_layers: int | None = None,
 ) -> LlamaForCausalLM:
     """Loads a LlamaForCausalLM in eval mode, with the attention implementation left at its default.
 
@@ -40,8 +44,10 @@ def load_llama(
         folder: holds config.json and the weights, as `save_pretrained` writes them.
         dtype: the type that the weights are converted to.
         device: where the model ends up.
+        num_layers: how many of its decoder layers are loaded, from the first on; default all.
 
     Raises:
+        ValueError: the model has not so many layers.
         CheckpointError: the folder or a file of it is missing or damaged, the model is not a
             LLaMA, weights are missing, or the installed transformers would misread the config.
     """
@@ -54,15 +60,20 @@ def load_llama(
         raise CheckpointError(
             f"model folder {folder} has no weights; it needs one of {', '.join(_WEIGHT_NAMES)}"
         )
+    stored = config.get("num_hidden_layers", 32)
+    if num_layers is not None and not 1 <= num_layers <= stored:
+        raise ValueError(f"num_layers must be in 1 to {stored}, the model's own, got {num_layers}")
     # Renamed in 4.56: versions before it do not know the new name, later ones warn of the old.
     dtype_keyword = "torch_dtype" if _is_transformers_before("4.56.0") else "dtype"
-    options = {
+    options: dict[str, Any] = {
         dtype_keyword: dtype,
         "local_files_only": True,
         "output_loading_info": True,
         # From 5.0 on the loader's refusal of a shape names no tensor; _check_weights_fit does.
         "ignore_mismatched_sizes": not _is_transformers_before("5.0.0"),
     }
+    if num_layers is not None:
+        options["num_hidden_layers"] = num_layers
     from_pretrained: Any = LlamaForCausalLM.from_pretrained
     try:
         loaded, info = from_pretrained(folder, **options)

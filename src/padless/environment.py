@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import os
+import platform
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
 
-from padless.installed import cache_folder, import_optional, package_version
+from padless.installed import cache_folder, import_optional, nvidia_driver, package_version
 
 __all__ = [
+    "PACKAGES",
     "autocasts",
     "cache_folder",
     "cuda_fault",
     "describe_gpu",
+    "hardware",
     "has_sdpa",
     "has_sdpa_gqa",
     "import_optional",
@@ -25,9 +32,70 @@ __all__ = [
     "is_tracing",
     "package_version",
     "trial_device",
+    "versions",
 ]
 
+# What takes part in a run of a LLaMA, by distribution.
+PACKAGES = (
+    "torch", "triton", "transformers", "flash-attn-4", "flash-attn", "liger-kernel", "padless",
+)  # fmt: skip
 _AUTOCAST_BY_DEVICE = Version(torch.__version__).release >= (2, 4)
+
+
+def versions() -> dict[str, str | None]:
+    """Reads the versions of Python and of everything that takes part; None if not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["torch"] = str(torch.__version__)
+    if found["padless"] is None:
+        import padless
+
+        found["padless"] = getattr(padless, "__version__", "from source")
+    return found
+
+
+def hardware(device: torch.device | str) -> dict[str, Any]:
+    """Reads what a run on a device depends on: processor, cores, threads, and the GPU if it is one.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...
+
+    Returns:
+        Entries of a record: types that JSON knows, `device` being the name for people.
+    """
+    device = torch.device(device)
+    found: dict[str, Any] = {
+        "kind": device.type,
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+    }
+    found["device"] = found["cpu"]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found.update(
+            device=properties.name,
+            gpus=torch.cuda.device_count(),
+            memory_bytes=properties.total_memory,
+            multiprocessors=properties.multi_processor_count,
+            driver=nvidia_driver()[0],
+            cuda=torch.version.cuda,
+            cudnn=torch.backends.cudnn.version(),
+        )
+    return found
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return " ".join(found[1].split()) if found else platform.machine() or "unknown"
 
 
 def has_sdpa() -> bool:

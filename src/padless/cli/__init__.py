@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from padless.cli.bench import bench_command
 from padless.cli.doctor import doctor_command
 from padless.cli.verify import verify_command
 
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 
 
+app.command("bench")(bench_command)
 app.command("verify")(verify_command)
 app.command("doctor")(doctor_command)
 

@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from padless.cli.options import DTYPES, check_device, quiet_transformers
+
 if TYPE_CHECKING:
     from padless.verification import VerifyReport
 
-_DTYPES = ("float32", "bfloat16", "float16")
 # Four texts of 17 to 71 tokens: half of the batch is padding, and two cores end in a minute.
 _DEMO_TEXTS = (2, 0, 1, 5)
 _DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -27,7 +28,7 @@ def verify_command(
     batch: Annotated[
         Path | None, typer.Option(help="Text file, one text a line; default: own English prose.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)} (slow on a CPU).")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)} (slow on a CPU).")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     path: Annotated[
         str, typer.Option(help="patch, sdpa (forward_2), flash (forward), or all.")
@@ -67,8 +68,8 @@ def _verify(
 ) -> VerifyReport:
     known = ("patch", "sdpa", "flash")
     paths = known if path == "all" else (path,)
-    if dtype not in _DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if not set(paths) <= set(known):
         raise ValueError(f"--path must be one of {', '.join(known)} or all, got {path!r}")
     texts = _read_texts(batch) if batch is not None else None
@@ -81,8 +82,8 @@ def _verify(
         from padless.demo import demo_texts, prepare_demo_model
         from padless.verification import verify
 
-        _quiet_transformers()
-        _check_device(device)
+        quiet_transformers()
+        check_device(device)
         name = None if model is None else model.resolve().name
         if model is None:
             progress.update(task, description=f"preparing {_DEMO_NAME} (once)")
@@ -113,22 +114,3 @@ def _read_texts(file: Path) -> list[str]:
     if not texts:
         raise ValueError(f"--batch must hold at least one text, one a line, got none in {file}")
     return texts
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device must name a device torch knows, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be there, got {name} and torch sees no CUDA device")
-
-
-def _quiet_transformers() -> None:
-    # Its progress bars and its advice on generation settings would tear ours.
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -89,19 +89,23 @@ class Ceilings(NamedTuple):
     copy_bytes: int
 
 
-def measure_ceilings(clock: Clock, *, smoke: bool = False, repeats: int = 20) -> Ceilings:
+def measure_ceilings(
+    clock: Clock, *, smoke: bool = False, repeats: int = 20, dtype: torch.dtype | None = None
+) -> Ceilings:
     """Measures a matrix product and a copy: medians.
 
     Args:
         clock: of the device.
         smoke: whether to take sizes that only show that it runs.
         repeats: of each.
+        dtype: of the product; default bfloat16 on a GPU and float32 on a CPU.
     """
     device = "cuda" if clock.is_cuda else "cpu"
     size, copy_bytes = (8192, 2**31) if clock.is_cuda else (1024, 2**26)
     if smoke:
         size, copy_bytes, repeats = 128, 2**16, 3
-    dtype = torch.bfloat16 if clock.is_cuda else torch.float32
+    if dtype is None:
+        dtype = torch.bfloat16 if clock.is_cuda else torch.float32
     # Random: a product of zeros runs faster than real data does.
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device).random_()

@@ -29,9 +29,11 @@ class Variant:
         leaves: whose gradients are dropped after each turn.
         context: is entered for each turn, outside the measured time.
         verify: is given the prepared inputs and the output after the first backward, with gradients
-            in place; returns figures for the row, or raises WrongNumbersError.
+            in place, or of the first forward if that is all; returns figures for the row, or raises
+            WrongNumbersError.
         facts: for the row, such as the kernel that ran.
         is_differentiable: whether there is a backward to time.
+        close: puts back what building changed, and may add to the facts; called once, in any case.
     """
 
     forward: Forward
@@ -41,6 +43,7 @@ class Variant:
     verify: Callable[[Any, Tensor], dict[str, Any]] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     is_differentiable: bool = True
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Timing:
         reason: why there are no numbers; None if there are.
         samples: milliseconds by measure: "forward", "forward_backward", and with repeats "again",
             the same inputs a second time.
+        rounds: numbers of the rounds that the samples are from.
         peak_bytes: highest memory use of a turn, in tensors.
         facts: further figures for the row.
     """
@@ -59,5 +63,6 @@ class Timing:
     name: str
     reason: str | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
+    rounds: list[int] = field(default_factory=list)
     peak_bytes: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)

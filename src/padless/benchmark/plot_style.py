@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import names
-from benchmarks.results_folder import Json, device
+from padless.benchmark.names import PADLESS, with_liger
+
+Json = dict[str, Any]
 
 # Ours stands out; peers are grey, floors are lines.
 OURS, OURS_LIGER = "#0f766e", "#5eb5aa"
@@ -56,7 +57,7 @@ def new_figure(record: Json, title: str, rows: int, columns: int, size: Any, **o
     versions = record["versions"]
     shown = ("torch", "transformers", "flash-attn-4", "liger-kernel")
     found = [f"{name} {versions[name]}" for name in shown if versions.get(name)]
-    foot = f"{device(record)}, {', '.join(found)}, {record['date']}"
+    foot = f"{record['hardware']['device']}, {', '.join(found)}, {record['date']}"
     figure.supxlabel(foot, x=0.01, ha="left", fontsize=8, color="#6b7280")
     return figure, axes
 
@@ -68,7 +69,7 @@ def timed(table: Json, measure: str = "forward_backward_ms") -> list[Json]:
 
 def color_of(name: str) -> str:
     """Chooses a row's colour by its name."""
-    is_liger = name.endswith(names.with_liger(""))
-    if name.startswith("padless"):
+    is_liger = name.endswith(with_liger(""))
+    if name.startswith(PADLESS):
         return OURS_LIGER if is_liger else OURS
     return PEER_LIGER if is_liger else PEER
