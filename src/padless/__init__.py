@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from padless.attention import varlen_attention
+    from padless.balance import BalancedBatchSampler, Imbalance, SequenceCost
     from padless.collators import PackingCollator, PaddingCollator
     from padless.errors import (
         BackendUnavailableError,
@@ -30,13 +31,16 @@ logging.getLogger("padless").addHandler(logging.NullHandler())
 
 _HOME = {
     "BackendUnavailableError": "padless.errors",
+    "BalancedBatchSampler": "padless.balance",
     "CheckpointError": "padless.errors",
     "EngagementError": "padless.errors",
+    "Imbalance": "padless.balance",
     "PackingCollator": "padless.collators",
     "PaddingCollator": "padless.collators",
     "PadlessError": "padless.errors",
     "PatchHandle": "padless.unpadded",
     "PatchReport": "padless.unpadded",
+    "SequenceCost": "padless.balance",
     "UnsupportedError": "padless.errors",
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
@@ -49,13 +53,16 @@ _HOME = {
 
 __all__ = [
     "BackendUnavailableError",
+    "BalancedBatchSampler",
     "CheckpointError",
     "EngagementError",
+    "Imbalance",
     "PackingCollator",
     "PaddingCollator",
     "PadlessError",
     "PatchHandle",
     "PatchReport",
+    "SequenceCost",
     "UnsupportedError",
     "VarlenLayout",
     "VerifyReport",
