@@ -23,7 +23,7 @@ DATA_PARALLEL = [name for name in ENGINES if name.startswith(("ddp", "fsdp"))]
 
 
 @functools.cache
-def _truth(size: int, kind: str) -> Step:
+def truth_of(size: int, kind: str) -> Step:
     ids, real, labels = global_batch(size, kind)
     kept = real.any(1)
     return truth_step(build_model(), ids[kept], real[kept], labels[kept])
@@ -42,7 +42,7 @@ def _check(
     options = {"engine": engine, "kind": kind, "when": when, "baseline": baseline}
     found = groups[size].run(CASES, "step", **options)
     stock, got = [pair[0] for pair in found], [pair[1] for pair in found]
-    truth = _truth(size, kind)
+    truth = truth_of(size, kind)
     _, real, _ = global_batch(size, kind)
     judge("loss", _loss(got, shares_batch), _loss(stock, shares_batch), truth.loss[None])
     for rank in range(size):
