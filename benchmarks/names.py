@@ -19,6 +19,9 @@ ORIGINAL_FLASH = "the original, flash path"
 ORIGINAL_SDPA = "the original, sdpa path"
 FLOOR = "floor: products and kernel alone"
 FLOOR_ONE_PRODUCT = "floor: the same, q k v as one product"
+SHUFFLED = "shuffled, as many samples each (DistributedSampler)"
+REBALANCED = "transformers BatchRebalanceSampler"
+BALANCED = "padless BalancedBatchSampler"
 
 FLOORS = (FLOOR, FLOOR_ONE_PRODUCT)
 GENERATION_PEERS = (
@@ -29,3 +32,8 @@ GENERATION_PEERS = (
 def with_liger(name: str) -> str:
     """Makes the name of a row's twin with Liger-Kernel."""
     return f"{name} + Liger"
+
+
+def on_one_rank(name: str) -> str:
+    """Makes the name of a sampler's row where one rank trains alone."""
+    return f"{name}, one rank"

@@ -8,6 +8,7 @@ ranks where the engine averages gradients over them.
 from __future__ import annotations
 
 import contextlib
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +103,9 @@ def _step(place: Place, engine: str, kind: str, when: str) -> RankStep:
         batch = _arguments(ids, real, labels, is_packed=kind == "packed" and handle is not None)
         out = model(**batch, num_items_in_batch=items, use_cache=False)
         # Gradients are averaged over ranks that do not share the batch.
-        (out.loss * (1 if shares_batch else place.size)).backward()
+        loss = out.loss * (1 if shares_batch else place.size)
+        # DeepSpeed has a backward of its own.
+        getattr(model, "backward", torch.Tensor.backward)(loss)
         report = handle.report() if handle is not None else None
         logits = out.logits.detach().float()
         if logits.shape[:2] != ids.shape:
@@ -129,10 +132,13 @@ def _whole_gradients(model: nn.Module) -> dict[str, Tensor]:
     whole = contextlib.nullcontext()
     if isinstance(model, FullyShardedDataParallel):
         whole = FullyShardedDataParallel.summon_full_params(model, with_grads=True)
+    read = operator.attrgetter("grad")
+    if hasattr(model, "zero_optimization"):
+        from deepspeed.utils import safe_get_full_grad as read
     with whole:
         gradients = {}
         for name, weight in model.named_parameters():
-            grad = weight.grad
+            grad = read(weight)
             assert grad is not None, f"no gradient of {name}"
             grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
             name = name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,22 @@ def _transformers_tensor_parallel(model: Any, place: Place) -> nn.Module:
     ).train()
 
 
+def _deepspeed(model: Any, place: Place, *, stage: int) -> Any:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # An operation of its own for collectives, which it would compile: gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_allow_untested_optimizer": True,
+        # Every weight is in parts, small ones too.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    return deepspeed.initialize(model=model, config=config)[0]
+
+
 def _checkpointing(wrap: Wrap, **options: Any) -> Wrap:
     def wrapped(model: Any, place: Place) -> nn.Module:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -128,6 +145,8 @@ ENGINES: dict[str, tuple[Wrap, bool]] = {
     "fsdp2, checkpointing": (_checkpointing(_fsdp2), False),
     "fsdp1": (_fsdp1, False),
     "fsdp1, bfloat16": (_with(_fsdp1, mixed_precision=_BF16_1), False),
+    "deepspeed, zero 2": (_with(_deepspeed, stage=2), False),
+    "deepspeed, zero 3": (_with(_deepspeed, stage=3), False),
     "tensor parallel, torch": (_tensor_parallel, True),
     "tensor parallel, transformers": (_transformers_tensor_parallel, True),
     "fault: local count": (_ddp_by_local_count, False),

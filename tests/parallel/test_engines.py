@@ -105,6 +105,16 @@ def test_tensor_parallel_step_is_that_of_one_process(
     _check(groups, engine, when=when, kind=kind)
 
 
+@pytest.mark.requires("deepspeed")
+@pytest.mark.parametrize("when", ["before", "after", "process"])
+@pytest.mark.parametrize("kind", ["left", "empty"])
+@pytest.mark.parametrize("engine", ["deepspeed, zero 2", "deepspeed, zero 3"])
+def test_deepspeed_step_is_that_of_one_process(
+    groups: Groups, engine: str, kind: str, when: str
+) -> None:
+    _check(groups, engine, kind=kind, when=when)
+
+
 def test_local_normalisation_is_seen(groups: Groups) -> None:
     with pytest.raises(AssertionError, match="over budget"):
         _check(groups, "fault: local count", baseline="ddp")
