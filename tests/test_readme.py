@@ -1,4 +1,4 @@
-"""The code in README.md runs as it stands there."""
+"""The code in README.md and docs/several-gpus.md runs as it stands there."""
 
 from __future__ import annotations
 
@@ -9,15 +9,28 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+PAGES = {"README.md": 3, "docs/several-gpus.md": 2}
+BLOCKS = {
+    name: re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[1] / name).read_text(encoding="utf-8"), re.S
+    )
+    for name in PAGES
+}
 
 
-def test_readme_has_code() -> None:
-    assert len(BLOCKS) >= 3
+@pytest.mark.parametrize("page", PAGES)
+def test_page_has_code(page: str) -> None:
+    assert len(BLOCKS[page]) >= PAGES[page]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_readme_code_runs(block: str) -> None:
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"{page}-{number}")
+        for page, blocks in BLOCKS.items()
+        for number, block in enumerate(blocks)
+    ],
+)
+def test_code_runs(block: str) -> None:
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
