@@ -229,14 +229,14 @@ def _balance(record: Json) -> Iterator[_Finding]:
     for table in record["tables"]:
         found = row(table, names.BALANCED)
         measure = f"largest over mean cost of {table['ranks']} ranks; {table['case']}"
-        yield _Finding("balance", measure, found and found["imbalance"], at_most=1.05)
+        yield _Finding("balance", measure, found["imbalance"] if found else None, at_most=1.05)
 
 
 def _data_parallel(record: Json) -> Iterator[_Finding]:
     for table in record["tables"]:
         found = row(table, names.BALANCED)
         measure = f"data parallel, efficiency of {table['ranks']} ranks; {table['case']}"
-        yield _Finding("balance", measure, found and found["efficiency"], at_least=0.95)
+        yield _Finding("balance", measure, found["efficiency"] if found else None, at_least=0.95)
 
 
 def _divide(one: float | None, other: float | None) -> float | None:
