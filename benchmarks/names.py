@@ -21,8 +21,16 @@ ORIGINAL_FLASH = "the original, flash path"
 ORIGINAL_SDPA = "the original, sdpa path"
 FLOOR = "floor: products and kernel alone"
 FLOOR_ONE_PRODUCT = "floor: the same, q k v as one product"
+SHUFFLED = "shuffled, as many samples each (DistributedSampler)"
+REBALANCED = "transformers BatchRebalanceSampler"
+BALANCED = "padless BalancedBatchSampler"
 
 FLOORS = (FLOOR, FLOOR_ONE_PRODUCT)
 GENERATION_PEERS = (
     SDPA, SDPA_NO_CUDNN, SDPA_STATIC, SDPA_STATIC_COMPILED, FA4, CONTINUOUS, CONTINUOUS_FA4,
 )  # fmt: skip
+
+
+def on_one_rank(name: str) -> str:
+    """Makes the name of a sampler's row where one rank trains alone."""
+    return f"{name}, one rank"

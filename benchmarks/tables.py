@@ -17,6 +17,7 @@ from benchmarks.markdown import (
 )
 from benchmarks.results_folder import Json, device, median_ms, of_script
 from benchmarks.tables_generation import write_generation
+from benchmarks.tables_parallel import write_balance, write_data_parallel
 from benchmarks.targets import Verdict, judge
 from padless.benchmark.rows import headline
 
@@ -259,4 +260,6 @@ _SCRIPTS: dict[str, Callable[[Json], str]] = {
         {**record, "tables": [{"new_lengths": False, **table} for table in record["tables"]]}
     ),
     "losscurve": _losscurve,
+    "balance": write_balance,
+    "data_parallel": write_data_parallel,
 }

@@ -225,6 +225,20 @@ def _losscurve(record: Json) -> Iterator[_Finding]:
             yield _Finding("curve", f"{measure}; {table['case']}", value, at_most=3.0)
 
 
+def _balance(record: Json) -> Iterator[_Finding]:
+    for table in record["tables"]:
+        found = row(table, names.BALANCED)
+        measure = f"largest over mean cost of {table['ranks']} ranks; {table['case']}"
+        yield _Finding("balance", measure, found["imbalance"] if found else None, at_most=1.05)
+
+
+def _data_parallel(record: Json) -> Iterator[_Finding]:
+    for table in record["tables"]:
+        found = row(table, names.BALANCED)
+        measure = f"data parallel, efficiency of {table['ranks']} ranks; {table['case']}"
+        yield _Finding("balance", measure, found["efficiency"] if found else None, at_least=0.95)
+
+
 def _divide(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one / other
 
@@ -237,4 +251,6 @@ _SCRIPTS: dict[str, Callable[[Json], Iterator[_Finding]]] = {
     "lengths": _lengths,
     "cpu_step": _cpu_step,
     "losscurve": _losscurve,
+    "balance": _balance,
+    "data_parallel": _data_parallel,
 }

@@ -219,9 +219,35 @@ def losscurve_record() -> dict[str, Any]:
     )
 
 
+def balance_record() -> dict[str, Any]:
+    rows_of = [
+        Timing(name, facts={"steps": 9, "imbalance": even, "worst": 2 * even, "planned_s": 0.25})
+        for name, even in ((names.SHUFFLED, 1.4), (names.BALANCED, 1.01))
+    ]
+    rows_of.append(Timing(names.REBALANCED, reason="not in this transformers"))
+    facts = {"ranks": 8, "samples": 99, "max_tokens": 64, "median": 5, "longest": 50}
+    return record("balance", [table("lognormal", rows_of, **facts)], CPU)
+
+
+def data_parallel_record() -> dict[str, Any]:
+    rows_of = []
+    for name, efficiency in ((names.SHUFFLED, 0.7), (names.BALANCED, 0.97)):
+        alone = {"ranks": 1, "tokens_a_second": 5000.0}
+        both = {"ranks": 2, "tokens_a_second": 10000.0 * efficiency, "efficiency": efficiency}
+        samples = {"forward_backward": [10.0, 11.0]}
+        rows_of += [
+            Timing(names.on_one_rank(name), samples=samples, facts=alone),
+            Timing(name, samples=samples, facts=both),
+        ]
+    facts = {"ranks": 2, "max_tokens": 64, "backend": "nccl"}
+    return record("data_parallel", [table("lognormal", rows_of, **facts)])
+
+
 def all_records() -> list[dict[str, Any]]:
     return [
+        balance_record(),
         cpu_step_record(),
+        data_parallel_record(),
         generation_record(),
         kernels_record(),
         layer_record(),

@@ -46,6 +46,7 @@ ON_CPU = {
     "cpu_step": {names.EAGER, names.SDPA, names.PADLESS},
     "syncs": {names.SDPA, names.PADLESS, names.PADLESS_TORCH},
     "losscurve": {names.SDPA, names.PADLESS},
+    "balance": {names.SHUFFLED, names.BALANCED},
 }  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def test_script_writes_record_in_smoke(script: str) -> None:
     reasons = {row["name"]: row["reason"] for row in table["rows"]}
     assert {name: reasons[name] for name in ON_CPU[script]} == dict.fromkeys(ON_CPU[script])
     for row in table["rows"]:
-        is_timed = row["reason"] is None and script not in ("syncs", "losscurve")
+        is_timed = row["reason"] is None and script not in ("syncs", "losscurve", "balance")
         assert ("forward_backward_ms" in row) is is_timed
         if is_timed:
             others = {name for name, reason in reasons.items() if reason is None}

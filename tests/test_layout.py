@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -233,3 +234,13 @@ def test_layouts_compare_by_identity() -> None:
     assert layout == layout
     assert layout != VarlenLayout.from_lengths([2, 3])
     assert len({layout, layout}) == 1
+
+
+def test_a_layout_survives_being_put_together_anew_field_by_field() -> None:
+    # As FSDP with mixed precision does with dataclasses among a model's arguments.
+    layout = VarlenLayout.from_mask(torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    again = dataclasses.replace(layout)
+    fields = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
+    for copy in (again, dataclasses.replace(again, **fields)):
+        assert (copy.lengths, copy.total, copy.max_seqlen) == ((2, 1), 3, 2)
+        assert copy.host_cu_seqlens.tolist() == [0, 2, 3]

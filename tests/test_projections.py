@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+import padless
 from accuracy import draw
+from golden.models import build_model
+from golden.steps import step_of
 from padless.unpadded import projections
 from padless.unpadded.projections import project
 
@@ -146,3 +149,18 @@ def test_autocast_is_left_to_the_modules() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         q, _, _ = project(layer, _hidden(torch.float32))
     assert q.dtype == torch.bfloat16
+
+
+def test_gradients_arrive_in_the_order_of_three_products() -> None:
+    # ZeRO-2 fills its buckets in that order. A rank whose batch takes transformers' own path would
+    # have other weights in a bucket than the rest, and the sum would be of different things.
+    model = build_model().train()
+    arrived: list[str] = []
+    for name, weight in model.named_parameters():
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    step_of(model, "left")
+    stock = arrived.copy()
+    arrived.clear()
+    with padless.patch(model):
+        step_of(model, "left")
+    assert arrived == stock

@@ -81,6 +81,17 @@ def test_page_shows_generation(folder: Path) -> None:
     assert f"- padless, torch alone: {left}" in page
 
 
+def test_page_shows_balance_and_scaling(folder: Path) -> None:
+    page = render.fill(PAGE.read_text(encoding="utf-8"), load(folder / "results"))
+
+    assert "| **padless BalancedBatchSampler** | 9 | 1.010 | 2.020 | 0.25 |" in page
+    assert "| transformers BatchRebalanceSampler | not in this transformers |" in page
+    assert "| **padless BalancedBatchSampler** | 2 | 10.5 | 9700 | 0.970 |" in page
+    assert "| **padless BalancedBatchSampler, one rank** | 1 | 10.5 | 5000 |  |" in page
+    assert "| at most 1.05 | 1.010 | met |" in page
+    assert "| at least 0.95 | 0.970 | met |" in page
+
+
 def test_page_changes_with_a_number(folder: Path) -> None:
     records = load(folder / "results")
     before = sections(records)

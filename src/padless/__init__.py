@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from padless.attention import varlen_attention
+    from padless.balance import BalancedBatchSampler, Imbalance, SequenceCost
     from padless.benchmark import BenchReport, bench
     from padless.collators import PackingCollator, PaddingCollator
     from padless.diagnosis import Diagnosis, doctor
@@ -35,16 +36,19 @@ logging.getLogger("padless").addHandler(logging.NullHandler())
 _HOME = {
     "BackendUnavailableError": "padless.errors",
     "BenchReport": "padless.benchmark",
+    "BalancedBatchSampler": "padless.balance",
     "CheckpointError": "padless.errors",
     "Diagnosis": "padless.diagnosis",
     "EngagementError": "padless.errors",
     "LengthsReport": "padless.lengths",
+    "Imbalance": "padless.balance",
     "PackingCollator": "padless.collators",
     "PaddingCollator": "padless.collators",
     "PadlessError": "padless.errors",
     "PatchHandle": "padless.unpadded",
     "PatchReport": "padless.unpadded",
     "TokensCallback": "padless.training",
+    "SequenceCost": "padless.balance",
     "UnsupportedError": "padless.errors",
     "VarlenLayout": "padless.layout",
     "VerifyReport": "padless.verification",
@@ -60,16 +64,19 @@ _HOME = {
 
 __all__ = [
     "BackendUnavailableError",
+    "BalancedBatchSampler",
     "BenchReport",
     "CheckpointError",
     "Diagnosis",
     "EngagementError",
+    "Imbalance",
     "LengthsReport",
     "PackingCollator",
     "PaddingCollator",
     "PadlessError",
     "PatchHandle",
     "PatchReport",
+    "SequenceCost",
     "TokensCallback",
     "UnsupportedError",
     "VarlenLayout",

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,12 @@ class VarlenLayout:
     indices: Tensor | None
     batch: int
     seqlen: int
-    total: int = field(init=False)
-    max_seqlen: int = field(init=False)
-    host_cu_seqlens: Tensor = field(init=False, repr=False)
+    if TYPE_CHECKING:
+        # No fields in truth: FSDP with mixed precision puts the dataclasses among a model's
+        # arguments together anew by `dataclasses.replace`, which refuses fields without `init`.
+        total: int = field(init=False)
+        max_seqlen: int = field(init=False)
+        host_cu_seqlens: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Read by every layer, and inside compiled code: once here, and as plain attributes.

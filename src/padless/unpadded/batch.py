@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,6 @@ class Served(NamedTuple):
     selection: Selection
 
 
-@dataclass(eq=False)
 class FlatBatch:
     """The real tokens of a batch as one row, and what is needed to attend and to pad back.
 
@@ -48,17 +47,31 @@ class FlatBatch:
         shard: this rank's part of the row, where several share it; positions are its own then,
             and layout is of the whole.
         decoder: attends, where the batch is one further token for each row of the store.
+
+    Note:
+        No dataclass: FSDP with mixed precision copies those among a layer's arguments, field by
+        field, and what a layer notes here would be lost with the copy.
     """
 
-    layout: VarlenLayout
-    position_ids: Tensor
-    backend: str = "auto"
-    host_syncs: int = 0
-    served: dict[int, Served] = field(default_factory=dict)
-    plans: dict[Any, Plan] = field(default_factory=dict)
-    store: RaggedStore | None = None
-    decoder: Decoder | None = None
-    shard: Shard | None = None
+    def __init__(
+        self,
+        layout: VarlenLayout,
+        position_ids: Tensor,
+        backend: str = "auto",
+        host_syncs: int = 0,
+        store: RaggedStore | None = None,
+        decoder: Decoder | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        self.layout = layout
+        self.position_ids = position_ids
+        self.backend = backend
+        self.host_syncs = host_syncs
+        self.served: dict[int, Served] = {}
+        self.plans: dict[Any, Plan] = {}
+        self.store = store
+        self.decoder = decoder
+        self.shard = shard
 
     def __contains__(self, item: object) -> bool:
         # transformers 4.34 to 4.37 ask a mask whether a 0 is in it, and drop it if not.
@@ -68,12 +81,18 @@ class FlatBatch:
         """Moves what layers read to a device; accelerate's hooks call it between devices."""
         if torch.device(device) == self.position_ids.device:
             return self
-        return replace(
-            self,
-            layout=self.layout.to(device),
-            plans={},
-            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+        moved = FlatBatch(
+            self.layout.to(device),
+            self.position_ids.to(device, non_blocking=non_blocking),
+            self.backend,
+            self.host_syncs,
+            self.store,
+            self.decoder,
+            self.shard,
         )
+        # What layers note is of the whole batch; how they are served may differ by device.
+        moved.served = self.served
+        return moved
 
 
 @dataclass(frozen=True, eq=False)

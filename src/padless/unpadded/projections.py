@@ -32,7 +32,9 @@ def project(module: Layer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     layers = (module.q_proj, module.k_proj, module.v_proj)
     if _may_join(layers, hidden):
-        q, k, v = _Projections.apply(hidden, *(layer.weight for layer in layers))
+        # From v to q, as autograd comes to three products: ZeRO-2 fills buckets in the order in
+        # which gradients arrive, and needs the same one on ranks whose batch runs otherwise.
+        q, k, v = _Projections.apply(hidden, *(layer.weight for layer in reversed(layers)))
         return q, k, v
     # As modules, so that LoRA, hooks and quantised layers stay in effect.
     q, k, v = (layer(hidden) for layer in layers)
@@ -80,7 +82,7 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor
+        hidden: Tensor, v_weight: Tensor, k_weight: Tensor, q_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (F.linear(hidden, weight) for weight in (q_weight, k_weight, v_weight))
         return q, k, v
@@ -96,7 +98,7 @@ class _Projections(torch.autograd.Function):
         rows = hidden.reshape(-1, hidden.shape[-1])
         dhidden: Tensor | None = None
         dweights: list[Tensor | None] = []
-        for number, (grad, weight) in enumerate(zip(grads, weights, strict=True), start=1):
+        for number, (grad, weight) in enumerate(zip(grads[::-1], weights, strict=True), start=1):
             if grad is None:
                 dweights.append(None)
                 continue
