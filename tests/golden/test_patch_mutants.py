@@ -98,7 +98,8 @@ def _counting_real_tokens(sound: Any) -> Any:
         layout, arguments = made.layout, args[2]
         starts = layout.cu_seqlens[:-1].repeat_interleave(torch.tensor(layout.lengths))
         arguments["position_ids"] = (torch.arange(layout.total) - starts)[None]
-        return dataclasses.replace(made, position_ids=arguments["position_ids"])
+        made.position_ids = arguments["position_ids"]
+        return made
 
     return flat
 

@@ -56,9 +56,11 @@ def _ddp_by_count(model: nn.Module, place: Place) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def _fsdp2(model: Any, place: Place, **options: Any) -> nn.Module:
+def _fsdp2(model: Any, place: Place, *, with_body: bool = False, **options: Any) -> nn.Module:
     for layer in model.model.layers:
         fully_shard(layer, mesh=place.mesh, **options)
+    if with_body:
+        fully_shard(model.model, mesh=place.mesh, **options)
     return fully_shard(model, mesh=place.mesh, **options)
 
 
@@ -141,6 +143,7 @@ ENGINES: dict[str, tuple[Wrap, bool]] = {
     "fsdp2": (_fsdp2, False),
     "fsdp2, kept": (_with(_fsdp2, reshard_after_forward=False), False),
     "fsdp2, bfloat16": (_with(_fsdp2, mp_policy=_BF16_2), False),
+    "fsdp2, bfloat16, body": (_with(_fsdp2, mp_policy=_BF16_2, with_body=True), False),
     "fsdp2, offload": (_with(_fsdp2, offload_policy=_OFFLOAD), False),
     "fsdp2, checkpointing": (_checkpointing(_fsdp2), False),
     "fsdp1": (_fsdp1, False),

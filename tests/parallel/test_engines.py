@@ -79,7 +79,9 @@ def test_rank_without_a_real_token_does_not_hang_the_others(groups: Groups, engi
     _check(groups, engine, kind="empty")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2, bfloat16", "fsdp1, bfloat16"])
+@pytest.mark.parametrize(
+    "engine", ["ddp", "fsdp2", "fsdp2, bfloat16", "fsdp2, bfloat16, body", "fsdp1, bfloat16"]
+)
 def test_packed_rows_with_a_layout(groups: Groups, engine: str) -> None:
     _check(groups, engine, kind="packed")
 
