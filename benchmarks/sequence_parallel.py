@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks import names
 from benchmarks.record import Record, parser
-from benchmarks.sequence_peers import ONE, Peer, peers
+from benchmarks.sequence_peers import Peer, peers
 from padless import VarlenLayout
 from padless.benchmark.clock import Clock
 from padless.benchmark.models import attention_flops
@@ -143,8 +144,8 @@ class _Run:
         order = random.Random(self.seed)
         begin, rounds = time.perf_counter(), 0
         while rounds < 3 or (self._everywhere(time.perf_counter() - begin) < seconds):
-            names = [name for name, timing in timings.items() if timing.reason is None]
-            for name in order.sample(names, len(names)):
+            going = [name for name, timing in timings.items() if timing.reason is None]
+            for name in order.sample(going, len(going)):
                 elapsed, peak = self._turn(self.peers[name], parts[name])
                 timings[name].samples.setdefault("forward_backward", []).append(elapsed)
                 if peak is not None:
@@ -157,7 +158,7 @@ class _Run:
         with peer.context():
             found = self._compute(peer, parts)
         found = [peer.gather(x) for x in found]
-        if name == ONE:
+        if name == names.ONE_GPU:
             self.expected = found
             return {}
         errors = {

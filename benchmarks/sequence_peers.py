@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import names
 from benchmarks.peers import fastest_kernel
 from padless import VarlenLayout, varlen_attention
 from padless.parallel import (
@@ -23,13 +24,6 @@ from padless.parallel import (
     shard_tokens,
     ulysses_attention,
 )
-
-ONE = "one GPU"
-ULYSSES = "padless, Ulysses"
-ULYSSES_WHOLE = "padless, Ulysses, nothing overlapped"
-RING = "padless, ring"
-BY_HAND = "Ulysses by hand, nothing overlapped"
-TORCH = "torch context_parallel"
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -70,11 +64,13 @@ def peers(layout: VarlenLayout, mesh: Any) -> dict[str, Peer]:
         return Peer(call, shard.take, shard.gather)
 
     made = {
-        ONE: Peer(functools.partial(varlen_attention, layout=layout), identity, identity, True),
-        ULYSSES: sharded(ulysses_attention, "ulysses"),
-        ULYSSES_WHOLE: sharded(ulysses_attention, "ulysses", chunks=1),
-        RING: sharded(ring_attention, "ring"),
-        BY_HAND: Peer(
+        names.ONE_GPU: Peer(
+            functools.partial(varlen_attention, layout=layout), identity, identity, True
+        ),
+        names.ULYSSES: sharded(ulysses_attention, "ulysses"),
+        names.ULYSSES_WHOLE: sharded(ulysses_attention, "ulysses", chunks=1),
+        names.RING: sharded(ring_attention, "ring"),
+        names.ULYSSES_BY_HAND: Peer(
             functools.partial(_by_hand, layout, mesh.get_group()),
             lambda row: shard_tokens(row, layout, mesh, "ulysses"),
             lambda row: gather_row(row, layout, mesh, "ulysses"),
@@ -82,7 +78,7 @@ def peers(layout: VarlenLayout, mesh: Any) -> dict[str, Peer]:
     }
     if len(layout.lengths) == 1:
         # It knows no documents.
-        made[TORCH] = _context_parallel(layout, mesh)
+        made[names.CONTEXT_PARALLEL] = _context_parallel(layout, mesh)
     return made
 
 

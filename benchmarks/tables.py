@@ -17,7 +17,11 @@ from benchmarks.markdown import (
 )
 from benchmarks.results_folder import Json, device, median_ms, of_script
 from benchmarks.tables_generation import write_generation
-from benchmarks.tables_parallel import write_balance, write_data_parallel
+from benchmarks.tables_parallel import (
+    write_balance,
+    write_data_parallel,
+    write_sequence_parallel,
+)
 from benchmarks.targets import Verdict, judge
 from padless.benchmark.rows import headline
 
@@ -262,4 +266,5 @@ _SCRIPTS: dict[str, Callable[[Json], str]] = {
     "losscurve": _losscurve,
     "balance": write_balance,
     "data_parallel": write_data_parallel,
+    "sequence_parallel": write_sequence_parallel,
 }

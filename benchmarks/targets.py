@@ -239,6 +239,19 @@ def _data_parallel(record: Json) -> Iterator[_Finding]:
         yield _Finding("balance", measure, found["efficiency"] if found else None, at_least=0.95)
 
 
+def _sequence_parallel(record: Json) -> Iterator[_Finding]:
+    """Judges the better of the two algorithms on two GPUs; between the lengths nothing is asked."""
+    asked = {32768: 0.95, 131072: 0.98}
+    for table in record["tables"]:
+        if table["ranks"] != 2 or table["tokens_real"] not in asked:
+            continue
+        rows = (row(table, name) for name in (names.ULYSSES, names.RING))
+        found = [each["efficiency"] for each in rows if each and "efficiency" in each]
+        measure = f"sequence parallel, efficiency; {table['case']}"
+        at_least = asked[table["tokens_real"]]
+        yield _Finding("P13", measure, max(found, default=None), at_least=at_least)
+
+
 def _divide(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one / other
 
@@ -253,4 +266,5 @@ _SCRIPTS: dict[str, Callable[[Json], Iterator[_Finding]]] = {
     "losscurve": _losscurve,
     "balance": _balance,
     "data_parallel": _data_parallel,
+    "sequence_parallel": _sequence_parallel,
 }

@@ -243,6 +243,25 @@ def data_parallel_record() -> dict[str, Any]:
     return record("data_parallel", [table("lognormal", rows_of, **facts)])
 
 
+def sequence_parallel_record() -> dict[str, Any]:
+    def timing(name: str, ms: float, **facts: Any) -> Timing:
+        return Timing(name, samples={"forward_backward": [ms]}, peak_bytes=2**30, facts=facts)
+
+    errors = {"relative_rms": {"out": 1e-3, "dq": 3e-3}}
+    rows_of = [
+        timing(names.ONE_GPU, 50.0),
+        timing(names.ULYSSES, 26.0, efficiency=0.96, **errors),
+        timing(names.RING, 27.0, efficiency=0.93, **errors),
+        Timing(names.CONTEXT_PARALLEL, reason="cannot resize variables"),
+    ]
+    facts = {
+        "ranks": 2, "tokens_real": 32768, "tokens_padded": 32768, "num_heads": 32,
+        "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16",
+    }  # fmt: skip
+    case = "32768 tokens, one sequence, 2 ranks"
+    return record("sequence_parallel", [table(case, rows_of, **facts)])
+
+
 def all_records() -> list[dict[str, Any]]:
     return [
         balance_record(),
@@ -253,6 +272,7 @@ def all_records() -> list[dict[str, Any]]:
         layer_record(),
         lengths_record(),
         losscurve_record(),
+        sequence_parallel_record(),
         step_record(),
         syncs_record(),
     ]

@@ -21,6 +21,7 @@ from benchmark_records import (
     layer_record,
     lengths_record,
     losscurve_record,
+    sequence_parallel_record,
     step_record,
     syncs_record,
 )
@@ -160,6 +161,22 @@ def test_plot_of_generation_shows_every_row_that_has_numbers() -> None:
     assert sorted(shown) == sorted(row["name"] for row in rows if row["reason"] is None)
     labels = [text.get_text() for axis in figure.axes for text in axis.texts]
     assert " 2.44 ms, 1.82 x floor; first token 61 ms" in labels
+
+
+def test_shared_sequences_have_a_table_and_a_verdict() -> None:
+    from benchmarks.tables_parallel import write_sequence_parallel
+    from benchmarks.targets import judge
+
+    record = sequence_parallel_record()
+    page = write_sequence_parallel(record)
+    assert "| **padless, Ulysses** | 26.0 | 0.960 | 1.0 | 3.0e-03 |" in page
+    assert "| torch context_parallel | cannot resize variables |" in page
+    assert [(v.key, v.is_met) for v in judge([record])] == [("P13", True)]
+    # The better of the two counts, and no length but the two.
+    record["tables"][0]["rows"].pop(1)
+    assert [v.is_met for v in judge([record])] == [False]
+    record["tables"][0]["tokens_real"] = 65536
+    assert judge([record]) == []
 
 
 def test_page_without_records_names_the_commands(tmp_path: Path) -> None:
