@@ -23,7 +23,7 @@ from padless.backends import fa4, sdpa, torch_varlen
 from padless.backends.request import AttentionRequest
 from padless.generation import store as stores
 from padless.qualification.decoding import judge_decoding
-from padless.unpadded import session
+from padless.unpadded import ended, session
 
 pytestmark = pytest.mark.gpu
 
@@ -131,6 +131,23 @@ def test_rows_end_early() -> None:
         got = generate(model, eos_token_id=eos)
         assert handle.report().graph_replays > 0
     assert torch.equal(got, want)
+
+
+def test_rows_that_have_ended_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ended, "_ASK_EVERY", 4)
+    monkeypatch.setattr(ended, "_CAPTURE_BYTES", 0)
+    model = build_model()
+    plain = generate(model)[:, max(LENGTHS) :].tolist()
+    # Ends three rows early, and the first not at all.
+    ends = [next(t for t in row[2:] if t not in plain[0]) for row in plain[1:]]
+    want = generate(model, eos_token_id=ends)
+    with padless.patch(model) as handle:
+        got = generate(model, eos_token_id=ends)
+        report = handle.report()
+    assert torch.equal(got, want)
+    assert report.rows_left_out == 3
+    # Each capture anew runs a step eagerly in front of it.
+    assert 0 < report.graph_replays < report.decoding_steps - EAGER_STEPS
 
 
 def test_calls_of_other_shapes_follow_each_other() -> None:
