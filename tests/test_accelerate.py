@@ -164,3 +164,28 @@ def test_a_wrapper_that_is_not_known_stays_in_front(model: LlamaForCausalLM, bat
         model(**batch)
     assert seen == [(2, 9, VOCABULARY)] * 3
     assert handle.report().forwards == 3
+
+
+@pytest.mark.parametrize("forwards", [0, 2])
+def test_the_head_stays_patched_when_mixed_precision_is_taken_off(
+    model: LlamaForCausalLM, batch: dict[str, Tensor], forwards: int
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    heads: list[torch.Size] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: heads.append(out.shape))
+    with padless.patch(model) as handle:
+        model = accelerator.prepare(model)
+        for _ in range(forwards):
+            model(**batch)
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        heads.clear()
+        outs = [model(**batch, use_cache=False) for _ in range(3)]
+        # Torch has looked the first one's forward up by the time that the door is back.
+        assert heads == [(2, 9, VOCABULARY), *[(1, 14, VOCABULARY)] * 2]
+        assert outs[2].logits.dtype == torch.float32
+        assert handle.report().forwards == forwards + 3
+    heads.clear()
+    model(**batch)
+    assert heads == [(2, 9, VOCABULARY)]
+    AcceleratorState._reset_state(reset_partial_state=True)

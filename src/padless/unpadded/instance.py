@@ -97,9 +97,11 @@ class Hook:
 class StepInFront:
     """A pre-hook that goes back in front of what was put there since.
 
-    That is a forward that Liger has bound to the instance, which the door calls from then on; and
+    That is a forward that Liger has bound to the instance, which the door calls from then on;
     accelerate's mixed precision around the door, which reads every output to make it float32, so
-    that logits would be padded back each time: a second door goes in front of it.
+    that logits would be padded back each time: a second door goes in front of it; and the class's
+    own forward, which accelerate finds under all wrappers, the door among them, when it takes its
+    mixed precision off.
 
     Note:
         Torch looks the forward up before it runs the hooks: the call that finds it still runs it.
@@ -118,6 +120,8 @@ class StepInFront:
         elif outer is not None and found is not outer and _keeps_meaning(found, door):
             setattr(module, WRAPPER, found)
             module.forward = outer
+        elif _is_own(found, module):
+            module.forward = door
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepInFront:
         return self
@@ -145,6 +149,14 @@ def _keeps_meaning(found: Any, door: Any) -> bool:
             return False
         wrapped = getattr(wrapped, "__wrapped__", None)
     return wrapped is not None
+
+
+def _is_own(found: Any, module: nn.Module) -> bool:
+    """Whether a forward is that of the module's class, with or without its decorators."""
+    own: Any = type(module).forward
+    while own is not None and own is not function_of(found):
+        own = getattr(own, "__wrapped__", None)
+    return own is not None
 
 
 def wrapper_of_instance(module: nn.Module) -> Forward:
