@@ -82,6 +82,8 @@ def main() -> None:
             model=shape.as_facts(),
             backend=dist.get_backend(),
         )
+    # A rank that leaves closes sockets that others may still read.
+    dist.barrier()
     dist.destroy_process_group()
 
 

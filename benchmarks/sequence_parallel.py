@@ -54,6 +54,8 @@ def main() -> None:
             timings = run.measure(arguments.seconds / len(tokens) / 2)
             if record:
                 _add(record, lengths, heads, timings, run.dtype)
+    # A rank that leaves closes sockets that others may still read.
+    dist.barrier()
     dist.destroy_process_group()
 
 
