@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from padless.llama import attend, paths
 from padless.llama import engage as engage_module
 from padless.unpadded import layer
 from padless.verification import VerifyReport, measure, verify
+from padless.verification import run as run_module
+from padless.verification.batch import PackedRow, PaddedBatch, pad_rows
 
 VOCAB, LAYERS = 64, 2
 
@@ -112,6 +115,56 @@ def test_error_of_the_unpatched_model_is_the_larger_one_of_its_runs() -> None:
     assert not judge(usual * 2.1, baseline)
     one_off = torch.tensor([0.0, 0.0, 0.0, 9.1e-3])
     assert not judge(one_off, baseline._replace(rms=1.0))
+
+
+def test_packed_row_is_the_batch_without_its_padding() -> None:
+    rows = [torch.tensor([5, 6, 7]), torch.tensor([8]), torch.tensor([9, 10])]
+    for side in ("right", "left"):
+        row = PackedRow.of(pad_rows(rows, side))
+        assert row.ids.tolist() == [[5, 6, 7, 8, 9, 10]] and bool(row.real.all())
+        assert row.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+        assert row.labels.tolist() == [[-100, 6, 7, -100, -100, 10]]
+        sees = (row.mask_for(torch.float32)[0, 0] == 0).int()
+        want = torch.block_diag(*(torch.ones(n, n).tril() for n in (3, 1, 2))).int()
+        assert torch.equal(sees, want)
+
+
+def test_error_of_the_unpatched_model_is_that_of_a_row_without_padding_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, off = measure.training_step, 1e-3
+
+    def less_exact_in_a_row(model: torch.nn.Module, batch: PaddedBatch) -> dict[str, Tensor]:
+        grads = step(model, batch)
+        exact = batch.ids.shape[0] > 1 and not hasattr(model, "_padless")
+        return grads if exact else {name: grad * (1 + off) for name, grad in grads.items()}
+
+    # As cuBLAS does it: what is off in a row of the unpatched model is off in the patched one too.
+    monkeypatch.setattr(measure, "training_step", less_exact_in_a_row)
+    patched = run_module._Run.patched
+
+    def less_exact_when_patched(run: Any, *arguments: Any) -> Any:
+        run.model._padless = True
+        try:
+            return patched(run, *arguments)
+        finally:
+            del run.model._padless
+
+    monkeypatch.setattr(run_module._Run, "patched", less_exact_when_patched)
+    assert _verify(_model(), paths=("patch",)).passed
+    monkeypatch.setattr(run_module._Run, "_widen_by_packed_row", lambda run: None)
+    assert not _verify(_model(), paths=("patch",)).passed
+
+
+def test_row_without_padding_is_not_trusted_if_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As versions that do not know such a mask: everything sees everything before it.
+    monkeypatch.setattr(
+        PackedRow, "mask_for", lambda row, dtype: torch.ones_like(row.ids), raising=True
+    )
+    widened = []
+    monkeypatch.setattr(measure.Baseline, "widened", lambda *_: widened.append(1))
+    assert _verify(_model(), paths=("patch",)).passed
+    assert widened == []
 
 
 def test_check_names_the_tensor_that_decided() -> None:

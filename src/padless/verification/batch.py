@@ -39,6 +39,47 @@ class PaddedBatch:
         """Counts real tokens of each row from 0."""
         return (self.real.long().cumsum(1) - 1).clamp(min=0)
 
+    def mask_for(self, dtype: torch.dtype) -> Tensor:
+        """Makes the attention mask for a model of this dtype."""
+        return self.real.long()
+
+
+@dataclass(frozen=True)
+class PackedRow(PaddedBatch):
+    """The real tokens of a batch as one row, kept apart by a mask of `(1, 1, total, total)`.
+
+    So the unpatched model computes as many rows in each product as a patched one.
+
+    Attributes:
+        positions: int64 `(1, total)`, of each token in its own sequence.
+    """
+
+    positions: Tensor
+
+    @classmethod
+    def of(cls, batch: PaddedBatch) -> PackedRow:
+        """Packs a padded batch, its rows one after the other."""
+        ids = batch.ids[batch.real].unsqueeze(0)
+        positions = batch.position_ids[batch.real].unsqueeze(0)
+        return cls("packed", ids, torch.ones_like(ids, dtype=torch.bool), positions)
+
+    @property
+    def labels(self) -> Tensor:
+        """The ids, -100 where a sequence begins: nothing of its own predicts that one."""
+        return self.ids.masked_fill(self.positions == 0, -100)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Counts the tokens of each sequence from 0."""
+        return self.positions
+
+    def mask_for(self, dtype: torch.dtype) -> Tensor:
+        """Makes the additive mask: 0 for keys of one's own sequence that are not behind one."""
+        sequence = (self.positions[0] == 0).cumsum(0)
+        visible = (sequence[:, None] == sequence[None, :]).tril()
+        mask = torch.zeros(visible.shape, dtype=dtype, device=self.ids.device)
+        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
+
 
 def read_rows(batch: Mapping[str, Any], vocab_size: int) -> list[Tensor]:
     """Takes the real tokens out of a padded batch.

@@ -141,7 +141,7 @@ def forward(model: nn.Module, batch: PaddedBatch, **options: Any) -> Any:
     """Runs a causal LM on a padded batch, positions counted from the first real token."""
     return model(
         input_ids=batch.ids,
-        attention_mask=batch.real.long(),
+        attention_mask=batch.mask_for(next(model.parameters()).dtype),
         position_ids=batch.position_ids,
         use_cache=False,
         return_dict=True,
@@ -197,6 +197,11 @@ class Baseline(NamedTuple):
         """
         errors = [stock.double() - truth.double() for stock, truth in runs]
         return cls(max(map(_rms, errors)), max(map(_max, errors)))
+
+    def widened(self, stock: Tensor, truth: Tensor) -> Baseline:
+        """Takes one more run into account."""
+        other = Baseline.of([(stock, truth)])
+        return Baseline(max(self.rms, other.rms), max(self.largest, other.largest))
 
 
 def judge(name: str, tensors: Mapping[str, tuple[Tensor, Tensor, Baseline]]) -> Check:
