@@ -15,14 +15,18 @@ import torch
 import torch.utils._pytree as pytree
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     ModelOutput,
 )
 
+import padless
 from padless.layout import VarlenLayout
+from padless.unpadded import kept as kept_module
 from padless.unpadded import outputs as outputs_module
+from padless.unpadded.kept import KeptKeys
 from padless.unpadded.outputs import pad_outputs
 
 REAL = torch.tensor([[True, True, False, False], [False, True, True, True], [False] * 4])
@@ -240,3 +244,89 @@ def test_another_subclass_keeps_its_fields() -> None:
     out = pad_outputs(Mine(logits=_flat(), extra=torch.ones(1)), LAYOUT)
     assert out.extra == 1.0 and out["extra"] == 1.0 and isinstance(out, Mine)
     assert torch.equal(out.logits, _padded()) and type(out) is Mine
+
+
+class _Cache:
+    """Notes what it is given."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, options: dict[str, Any]) -> None:
+        assert layer_idx == len(self.layers), "a cache takes its layers in order"
+        assert options["cache_position"].tolist() == list(range(REAL.shape[1]))
+        self.layers[layer_idx] = (k, v)
+
+
+def _with_cache(*, loss: bool = True, cls: Any = CausalLMOutputWithPast) -> tuple[Any, _Cache]:
+    kept, cache = KeptKeys(), _Cache()
+    for layer in (1, 0):
+        k = torch.full((LAYOUT.total, 2, 3), layer + 1.0)
+        kept.put(layer, k, -k, LAYOUT)
+    if cls is CausalLMOutputWithPast:
+        value = torch.tensor(1.5) if loss else None
+        made = cls(loss=value, logits=_flat(), past_key_values=cache)
+    else:
+        made = cls(last_hidden_state=_flat(), past_key_values=cache)
+    return pad_outputs(made, LAYOUT, kept=kept), cache
+
+
+CACHE_READERS: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda out: out.past_key_values,
+    "key": lambda out: out["past_key_values"],
+    "index": lambda out: out[2],
+    "get": lambda out: out.get("past_key_values"),
+    "to_tuple": lambda out: out.to_tuple()[2],
+    "keywords": lambda out: dict(**out)["past_key_values"],
+    "logits first": lambda out: (out.logits, out.past_key_values)[1],
+}
+
+
+@pytest.mark.parametrize("reader", CACHE_READERS)
+def test_cache_is_filled_however_it_is_read(reader: str) -> None:
+    out, cache = _with_cache()
+    assert cache.layers == {}
+    assert CACHE_READERS[reader](out) is cache
+    assert list(cache.layers) == [0, 1]
+    for layer, (k, v) in cache.layers.items():
+        want = REAL[:, None, :, None].expand(3, 2, 4, 3) * (layer + 1.0)
+        assert torch.equal(k, want) and torch.equal(v, -want)
+    assert torch.equal(out.logits, _padded())
+    assert type(out) is CausalLMOutputWithPast and out.past_key_values is cache
+    assert set(vars(out)) == set(vars(CausalLMOutputWithPast(logits=_flat())))
+
+
+def test_logits_and_cache_are_made_one_without_the_other(pads: list[tuple[int, ...]]) -> None:
+    out, cache = _with_cache()
+    assert out.loss == 1.5 and cache.layers == {} and pads == []
+    assert torch.equal(out["logits"], _padded())
+    assert cache.layers == {} and len(pads) == 1
+    other, cache = _with_cache(loss=False)
+    assert other.past_key_values is cache and len(cache.layers) == 2 and len(pads) == 1
+
+
+def test_cache_of_a_model_without_a_head_waits_too() -> None:
+    out, cache = _with_cache(cls=BaseModelOutputWithPast)
+    assert torch.equal(out.last_hidden_state, _padded()) and cache.layers == {}
+    assert out.past_key_values is cache and len(cache.layers) == 2
+    assert type(out) is BaseModelOutputWithPast
+
+
+def test_a_training_step_fills_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_module, "padded_keys", lambda *_: pytest.fail("padded for nobody"))
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).train()
+    ids, real = torch.randint(3, 60, (3, 7)), torch.arange(7) < torch.tensor([[7], [3], [5]])
+    with padless.patch(model):
+        out = model(ids, attention_mask=real.long(), labels=ids.masked_fill(~real, -100))
+        out.loss.backward()
+        assert out.logits.shape[:2] == (3, 7)
+        with pytest.raises(pytest.fail.Exception, match="for nobody"):
+            out.past_key_values  # noqa: B018

@@ -227,4 +227,5 @@ def test_outputs_are_ordinary_once_read() -> None:
     with unpadding(model):
         out = model(ids, attention_mask=real.long(), return_dict=True)
     assert out.logits.shape == stock.logits.shape
+    assert type(out.past_key_values) is type(stock.past_key_values)
     assert type(out) is type(stock) and vars(out).keys() == vars(stock).keys()

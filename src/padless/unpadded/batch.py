@@ -14,6 +14,7 @@ from padless.generation.store import RaggedStore
 from padless.layout import VarlenLayout
 from padless.parallel.shard import Shard
 from padless.selection import Selection
+from padless.unpadded.kept import KeptKeys
 
 # The name under which layers get the batch where unknown arguments reach them.
 ARGUMENT = "padless_batch"
@@ -47,6 +48,8 @@ class FlatBatch:
         shard: this rank's part of the row, where several share it; positions are its own then,
             and layout is of the whole.
         decoder: attends, where the batch is one further token for each row of the store.
+        kept: takes keys and values where the cache is the call's own and may be filled later; None
+            where layers put them into the cache at once.
 
     Note:
         No dataclass: FSDP with mixed precision copies those among a layer's arguments, field by
@@ -72,6 +75,7 @@ class FlatBatch:
         self.store = store
         self.decoder = decoder
         self.shard = shard
+        self.kept: KeptKeys | None = None
 
     def __contains__(self, item: object) -> bool:
         # transformers 4.34 to 4.37 ask a mask whether a 0 is in it, and drop it if not.
@@ -92,6 +96,7 @@ class FlatBatch:
         )
         # What layers note is of the whole batch; how they are served may differ by device.
         moved.served = self.served
+        moved.kept = self.kept
         return moved
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from padless.hf.eras import Era
 from padless.unpadded.batch import ARGUMENT, FlatBatch, Passed
 from padless.unpadded.call import PACKING, PER_TOKEN, flatten_call, leave_to_stock
+from padless.unpadded.kept import KeptKeys
 from padless.unpadded.ledger import Ledger
 from padless.unpadded.outputs import pad_outputs
 from padless.unpadded.prompts import RIGHT_PADDING
@@ -62,6 +63,7 @@ def model_forward(
         if found is None:
             return inner_of(self)(**_without_ours(arguments))
         as_tuple = _wants_tuple(self.config, arguments)
+        found.kept = _put_off(arguments, era)
         arguments.update(batch_arguments(found, era), return_dict=True)
         outputs = _finish(inner_of(self)(**arguments), found)
         ledger.count(found)
@@ -117,6 +119,7 @@ def causal_lm_forward(
         if found is None:
             return inner_of(self)(**_pass_on(_without_ours(arguments), is_stock=True))
         as_tuple = _wants_tuple(self.config, arguments)
+        found.kept = _put_off(arguments, era)
         arguments.update(attention_mask=found, return_dict=True)
         outputs = _finish(inner_of(self)(**arguments), found)
         ledger.count(found)
@@ -125,9 +128,17 @@ def causal_lm_forward(
     return _run_eagerly(forward)
 
 
+def _put_off(arguments: dict[str, Any], era: Era) -> KeptKeys | None:
+    """Whether the cache may be filled once the caller reads it: no one else has hold of it."""
+    # Older layers return their part of it.
+    if era.returned != 2 or arguments.get("past_key_values") is not None:
+        return None
+    return KeptKeys()
+
+
 def _put_together(outputs: Any, batch: FlatBatch) -> Any:
     if batch.shard is None:
-        return pad_outputs(outputs, batch.layout)
+        return pad_outputs(outputs, batch.layout, kept=batch.kept)
     gather_loss(outputs, batch.shard)
     return pad_outputs(outputs, batch.layout, gathered(batch.shard, batch.layout))
 

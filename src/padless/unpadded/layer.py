@@ -18,6 +18,7 @@ from padless.kernels.rotary import apply_rotary
 from padless.parallel.ring_plan import Options
 from padless.selection import Selection
 from padless.unpadded.batch import ARGUMENT, FlatBatch, Served
+from padless.unpadded.kept import padded_keys, put_into_cache
 from padless.unpadded.projections import is_plain, project
 
 # A LlamaAttention of some transformers version: its attributes are not the same in all of them.
@@ -169,7 +170,7 @@ def _keep(
 ) -> Any:
     """Puts keys and values into the cache in the padded form in which transformers goes on.
 
-    Or into the store of a `generate` call, as they are.
+    Or into the store of a `generate` call, as they are; or keeps them for when the cache is read.
 
     Returns:
         What the layer returns as its cache.
@@ -178,15 +179,13 @@ def _keep(
         batch.store.put_prompt(module.layer_idx, k, v)
         return None
     past = arguments.get("past_key_values", arguments.get("past_key_value"))
-    layout = batch.layout
-    if past is None and not arguments.get("use_cache"):
-        return None
-    if past is None and era.returned == 2:
-        return None
-    padded = [layout.pad(x).transpose(1, 2) for x in (k, v)]  # (b, hkv, s, d)
     if past is None:
+        if not arguments.get("use_cache") or era.returned == 2:
+            return None
         # Before there were Cache objects.
-        return tuple(padded)
-    columns = torch.arange(layout.seqlen, device=k.device)
-    past.update(*padded, module.layer_idx, {"cache_position": columns})
+        return padded_keys(k, v, batch.layout)
+    if batch.kept is None or is_compiling():
+        put_into_cache(past, module.layer_idx, k, v, batch.layout)
+    else:
+        batch.kept.put(module.layer_idx, k, v, batch.layout)
     return past

@@ -11,26 +11,32 @@ from typing import Any
 from torch import Tensor
 
 from padless.layout import VarlenLayout
+from padless.unpadded.kept import KeptKeys
 
 _PER_TOKEN = ("last_hidden_state", "hidden_states")
+_PUT_OFF = ("logits", "past_key_values")
 _lock = threading.RLock()
 
 
 def pad_outputs(
-    outputs: Any, layout: VarlenLayout, gather: Callable[[Tensor], Tensor] | None = None
+    outputs: Any,
+    layout: VarlenLayout,
+    gather: Callable[[Tensor], Tensor] | None = None,
+    kept: KeptKeys | None = None,
 ) -> Any:
-    """Pads a model's outputs back, zeros at padding; logits only once they are read.
+    """Pads a model's outputs back, zeros at padding; logits and cache only once they are read.
 
     Args:
         outputs: a transformers ModelOutput of the flat batch, changed in place.
         layout: of the batch.
         gather: collects the tokens of a flat row that ranks share; None if nobody does.
+        kept: what the cache among the outputs has yet to be given; None if it has all.
 
     Returns:
         The same object.
 
     Note:
-        A step that reads only the loss never holds logits of the padded shape.
+        A step that reads only the loss never holds logits, keys or values of the padded shape.
     """
     for name in _PER_TOKEN:
         value = outputs.get(name)
@@ -38,17 +44,19 @@ def pad_outputs(
             outputs[name] = _pad(_whole(value, gather), layout)
         elif value is not None:
             outputs[name] = tuple(_pad(_whole(each, gather), layout) for each in value)
+    pending: dict[str, Callable[[Any], Any]] = {}
     logits = outputs.get("logits")
-    if logits is None:
-        return outputs
-    if layout.indices is None and gather is None:
+    if logits is not None and layout.indices is None and gather is None:
         outputs["logits"] = _pad(logits, layout)
-        return outputs
-    plain: Any = type(outputs)
-    lazy = _lazy(plain)
-    outputs.__dict__["_padless_layout"] = layout
-    outputs.__dict__["_padless_gather"] = gather
-    outputs.__class__ = lazy
+    elif logits is not None:
+        pending["logits"] = lambda flat: _pad(_whole(flat, gather), layout)
+    if kept and outputs.get("past_key_values") is not None:
+        pending["past_key_values"] = kept.fill
+    if pending:
+        plain: Any = type(outputs)
+        lazy = _lazy(plain)
+        outputs.__dict__["_padless_pending"] = pending
+        outputs.__class__ = lazy
     return outputs
 
 
@@ -60,36 +68,43 @@ def _whole(flat: Tensor, gather: Callable[[Tensor], Tensor] | None) -> Tensor:
     return flat if gather is None else gather(flat)
 
 
-def _settle(outputs: Any) -> None:
-    """Pads the logits and makes the object an ordinary one again."""
+def _settle(outputs: Any, *names: str) -> None:
+    """Makes what was put off, all of it if nothing is named; then it is an ordinary object again.
+
+    Args:
+        outputs: of a lazy class, or of one no more.
+        names: of the outputs that are to be made.
+    """
     with _lock:
         plain = vars(type(outputs)).get("_padless_plain")
         if plain is None:
             # Another thread did.
             return
-        layout = outputs.__dict__.get("_padless_layout")
-        # Without a layout it is one that somebody has built from an instance's class and values.
-        if layout is not None:
-            gather = outputs.__dict__.get("_padless_gather")
-            padded = _pad(_whole(outputs.__dict__["logits"], gather), layout)
-            OrderedDict.__setitem__(outputs, "logits", padded)
-            outputs.__dict__["logits"] = padded
-        # Last: from now on nobody asks here.
-        object.__setattr__(outputs, "__class__", plain)
-        outputs.__dict__.pop("_padless_layout", None)
-        outputs.__dict__.pop("_padless_gather", None)
+        # Without any it is one that somebody has built from an instance's class and values.
+        pending = outputs.__dict__.get("_padless_pending", {})
+        for name in [name for name in pending if not names or name in names]:
+            made = pending[name](outputs.__dict__[name])
+            OrderedDict.__setitem__(outputs, name, made)
+            outputs.__dict__[name] = made
+            del pending[name]
+        if not pending:
+            # Last: from now on nobody asks here.
+            object.__setattr__(outputs, "__class__", plain)
+            outputs.__dict__.pop("_padless_pending", None)
 
 
-def _reads_logits(outputs: Any, key: Any) -> bool:
+def _settle_read(outputs: Any, key: Any) -> None:
+    """Makes what is read under a key, or under a position: the loss stands in front if any."""
     if isinstance(key, str):
-        return key == "logits"
-    # By position: the loss stands in front if there is one.
-    return not (key == 0 and outputs.__dict__.get("loss") is not None)
+        if key in _PUT_OFF:
+            _settle(outputs, key)
+    elif not (key == 0 and outputs.__dict__.get("loss") is not None):
+        _settle(outputs)
 
 
 @functools.cache
 def _lazy(plain: type) -> type:
-    """Makes the class whose instances pad their logits at the first look at them."""
+    """Makes the class whose instances make what was put off at the first look at it."""
 
     def settled(name: str) -> Any:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,8 +114,8 @@ def _lazy(plain: type) -> type:
         return method
 
     def __getitem__(self: Any, key: Any) -> Any:
-        if _reads_logits(self, key):
-            _settle(self)
+        _settle_read(self, key)
+        if "_padless_plain" not in vars(type(self)):
             return self[key]
         return OrderedDict.__getitem__(self, "loss" if key == 0 else key)
 
@@ -108,8 +123,8 @@ def _lazy(plain: type) -> type:
         return self[key] if key in self else default
 
     def __getattribute__(self: Any, name: str) -> Any:
-        if name == "logits":
-            _settle(self)
+        if name in _PUT_OFF:
+            _settle(self, name)
         return object.__getattribute__(self, name)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
