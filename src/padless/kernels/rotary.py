@@ -184,6 +184,22 @@ class _Call(NamedTuple):
     transposed: bool
 
 
+def _rotated(
+    q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, call: _Call
+) -> tuple[Tensor | None, Tensor | None]:
+    total, head_dim = cos.shape
+    packed, packed_outs, outs = [], [], []
+    for x, heads in ((q, call.num_heads), (k, call.num_kv_heads)):
+        # New outputs are tensors of their own, not views, so that they may be written to.
+        out = x if x is None or call.inplace else x.new_empty(x.shape)
+        shape = (total, heads, head_dim)
+        packed.append(None if x is None else _rows_contiguous(x.reshape(shape)))
+        packed_outs.append(None if out is None else out.view(shape))
+        outs.append(out)
+    call.rotate(*packed, *packed_outs, cos, sin, transposed=call.transposed)
+    return outs[0], outs[1]
+
+
 class _Rotary(torch.autograd.Function):
     """Rotates q and k of any shape that holds `(total, heads, head_dim)`; each may be None."""
 
@@ -194,16 +210,7 @@ class _Rotary(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        total, head_dim = cos.shape
-        packed, packed_outs, outs = [], [], []
-        for x, heads in ((q, call.num_heads), (k, call.num_kv_heads)):
-            # New outputs are tensors of their own, not views, so that they may be written to.
-            out = x if x is None or call.inplace else x.new_empty(x.shape)
-            shape = (total, heads, head_dim)
-            packed.append(None if x is None else _rows_contiguous(x.reshape(shape)))
-            packed_outs.append(None if out is None else out.view(shape))
-            outs.append(out)
-        call.rotate(*packed, *packed_outs, cos, sin, transposed=call.transposed)
+        outs = _rotated(q, k, cos, sin, call)
         if call.inplace:
             ctx.mark_dirty(*outs)
         # Otherwise the gradient of one alone would give the other a history too.
@@ -211,7 +218,7 @@ class _Rotary(torch.autograd.Function):
         ctx.mark_non_differentiable(
             *(out for out, needs in needed if not needs and out is not None)
         )
-        return outs[0], outs[1]
+        return outs
 
     @staticmethod
     def backward(
@@ -224,7 +231,9 @@ class _Rotary(torch.autograd.Function):
         call = ctx.call._replace(inplace=False, transposed=not ctx.call.transposed)
         dq = dq if ctx.needs_input_grad[0] else None
         dk = dk if ctx.needs_input_grad[1] else None
-        return *_Rotary.apply(dq, dk, cos, sin, call), None, None, None
+        # What nobody differentiates again need not be recorded, which takes the host twice as long.
+        rotated = _Rotary.apply if torch.is_grad_enabled() else _rotated
+        return *rotated(dq, dk, cos, sin, call), None, None, None
 
 
 def _validate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:

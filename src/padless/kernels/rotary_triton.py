@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -166,7 +167,8 @@ def rotate(
     align, strides = _strides(q, k, out_q, out_k, cos, sin)
     tiles = _tiles(num_heads, num_kv_heads, head_dim // 2)
     # Triton launches on the current device, which need not be q's.
-    with torch.cuda.device_of(q):
+    elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
+    with torch.cuda.device_of(q) if elsewhere else nullcontext():
         _rotary_kernel[(total, tiles.blocks)](
             q,
             k,

@@ -80,17 +80,15 @@ def _has_global_hooks() -> bool:
 class _Projections(torch.autograd.Function):
     """Three products of one input; backward adds up the input's gradient in place."""
 
+    # Without `setup_context`, for which torch reads a function's signature at every call.
     @staticmethod
     def forward(
-        hidden: Tensor, v_weight: Tensor, k_weight: Tensor, q_weight: Tensor
+        ctx: Any, hidden: Tensor, v_weight: Tensor, k_weight: Tensor, q_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(hidden, v_weight, k_weight, q_weight)
+        ctx.set_materialize_grads(False)
         q, k, v = (F.linear(hidden, weight) for weight in (q_weight, k_weight, v_weight))
         return q, k, v
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
