@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -77,7 +77,11 @@ def serve(
     """Lets `fussy` be the first choice, the reference the second; records what is passed over."""
 
     def select(
-        request: AttentionRequest, backend: str = "auto", *, passing_over: dict[str, str]
+        request: AttentionRequest,
+        backend: str = "auto",
+        *,
+        passing_over: dict[str, str],
+        little_work: bool,
     ) -> Selection:
         if asked is not None:
             asked.append(dict(passing_over))
@@ -162,3 +166,43 @@ def test_a_layout_narrowed_is_that_of_the_stretch() -> None:
     assert part.cu_seqlens.tolist() == [0, 0, 5]
     assert part.cu_seqlens.dtype == torch.int32
     assert layout.cu_seqlens.tolist() == [0, 3, 3, 8, 10]
+
+
+def _on_cuda(**fields: Any) -> AttentionRequest:
+    known = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "causal": True}
+    return AttentionRequest(torch.device("cuda", 0), torch.bfloat16, **{**known, **fields})
+
+
+LITTLE: dict[str, tuple[dict[str, Any], list[int], bool]] = {
+    "SmolLM2, a small batch": ({}, [60, 80, 70, 65], True),
+    "SmolLM2, 8 x 1024": ({}, [1024] * 8, True),
+    "SmolLM2, long rows": ({}, [4096] * 4, False),
+    "SmolLM2, one long row": ({}, [16384], False),
+    "8B, a small batch": ({"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}, [200] * 3, True),
+    "8B, 8 x 256": ({"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}, [256] * 8, False),
+    "the same, all keys visible": ({"causal": False}, [1024] * 8, False),
+}
+
+
+@pytest.mark.parametrize("case", LITTLE)
+def test_which_calls_the_host_is_what_they_wait_for(case: str) -> None:
+    fields, lengths, want = LITTLE[case]
+    layout = VarlenLayout.from_lengths(lengths)
+    request = _on_cuda(**fields)
+    assert padless.dispatch.has_little_work(request, layout, layout) is want
+    on_cpu = replace(request, device=torch.device("cpu"))
+    assert padless.dispatch.has_little_work(on_cpu, layout, layout) is False
+
+
+def test_selection_is_told_of_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def select(request: AttentionRequest, backend: str, **options: Any) -> Selection:
+        told.append((backend, options["little_work"]))
+        return Selection("sdpa", request.head_dim, (Candidate("sdpa", request.head_dim, None),))
+
+    monkeypatch.setattr(padless.dispatch, "select_backend", select)
+    for lengths in ([5, 3], [16384]):
+        layout = VarlenLayout.from_lengths(lengths)
+        padless.dispatch.plan_call(_on_cuda(), "auto", layout, layout)
+    assert told == [("auto", True), ("auto", False)]

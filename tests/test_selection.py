@@ -315,6 +315,47 @@ def test_backends_to_pass_over_are_in_the_trace_and_not_asked(
     assert warnings_in(caplog) == []
 
 
+def _slow_and_quick(install: Callable[..., None], **quick: Any) -> tuple[Any, Any]:
+    slow, other = planted(name="slow"), planted(name="quick", **quick)
+    slow.SLOW_TO_LAUNCH, other.QUICK_TO_LAUNCH = True, True
+    install(slow, other)
+    return slow, other
+
+
+def test_little_work_goes_to_what_is_launched_quickly(install: Callable[..., None]) -> None:
+    slow, _ = _slow_and_quick(install)
+    few = select_backend(TRAINING, little_work=True)
+    reason = "so few tokens are done sooner by what takes the host less time to launch"
+    assert few.trace == (Candidate("slow", 32, reason), Candidate("quick", 32, None))
+    assert slow.calls == [], "it was measured, which takes seconds for a kernel that is not needed"
+    assert select_backend(TRAINING, little_work=True) is few
+    many = select_backend(TRAINING)
+    assert many.name == "slow"
+    assert select_backend(TRAINING, little_work=True) is few
+    assert select_backend(TRAINING) is many
+    assert select_backend(TRAINING, "slow", little_work=True).name == "slow"
+
+
+@pytest.mark.parametrize("case", ["wrong", "padded", "not quick", "none is slow"])
+def test_little_work_changes_nothing_where_no_quick_one_serves(
+    case: str, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = TRAINING
+    if case == "wrong":
+        _slow_and_quick(install, attend=WRONG_HEADS)
+    else:
+        slow, quick = _slow_and_quick(install)
+        if case == "padded":
+            request = replace(TRAINING, head_dim=56)
+            quick.reject = lambda asked: "not 56" if asked.head_dim == 56 else None
+        elif case == "not quick":
+            del quick.QUICK_TO_LAUNCH
+        else:
+            del slow.SLOW_TO_LAUNCH
+    assert select_backend(request, little_work=True) == select_backend(request)
+    assert select_backend(request, little_work=True).name == "slow"
+
+
 def test_an_answer_is_remembered_in_every_mode(install: Callable[..., None]) -> None:
     fast = planted(name="fast")
     install(fast)

@@ -56,7 +56,7 @@ class Selection:
 
 
 # Every layer of every forward asks.
-_selections: dict[tuple[AttentionRequest, str], Selection] = {}
+_selections: dict[tuple[AttentionRequest, str, bool], Selection] = {}
 _said: set[tuple[Any, ...]] = set()
 
 
@@ -70,6 +70,7 @@ def select_backend(
     backend: str = "auto",
     *,
     passing_over: Mapping[str, str] | None = None,
+    little_work: bool = False,
 ) -> Selection:
     """Chooses the backend for a request.
 
@@ -78,6 +79,8 @@ def select_backend(
         backend: a name, which is used or raises; or "auto", which takes the first backend that
             accepts the request and computes it right.
         passing_over: backends that "auto" must not take, with the reason.
+        little_work: whether the device is done before the host has launched the next kernel: then
+            "auto" prefers what is launched quickly.
 
     Raises:
         ValueError: no backend has this name.
@@ -103,7 +106,9 @@ def select_backend(
         )
     if passing_over:
         return _select(request, backend, passing_over)
-    found = _selections.get((request, backend))
+    found = _selections.get((request, backend, little_work))
+    if found is None and little_work and backend == "auto":
+        found = _select_quick(request)
     return _select(request, backend, {}) if found is None else found
 
 
@@ -125,7 +130,7 @@ def _select_while_tracing(*arguments: Any) -> Selection:
     """Answers while torch.compile traces, from constants and as a constant of the graph."""
     *fields, backend = arguments
     request = AttentionRequest(*fields)
-    found = _selections.get((request, backend))
+    found = _selections.get((request, backend, False))
     return _select(request, backend, {}) if found is None else found
 
 
@@ -154,7 +159,26 @@ def _select(request: AttentionRequest, backend: str, passing_over: Mapping[str, 
     else:
         _warn_of_named(selection, request)
     if not passing_over and not any(_UNMEASURED == c.rejected for c in trace):
-        _selections[request, backend] = selection
+        _selections[request, backend, False] = selection
+    return selection
+
+
+_LITTLE = "so few tokens are done sooner by what takes the host less time to launch"
+
+
+def _select_quick(request: AttentionRequest) -> Selection | None:
+    """Chooses without the backends that are slow to launch; None if that leaves no quick one.
+
+    Those are not even imported, nor measured, which takes seconds where kernels are compiled.
+    """
+    slow = [name for name in BACKENDS if getattr(adapter(name), "SLOW_TO_LAUNCH", False)]
+    selection = _select(request, "auto", dict.fromkeys(slow, _LITTLE)) if slow else None
+    if selection is None or selection.head_dim != request.head_dim:
+        return None
+    if not getattr(adapter(selection.name), "QUICK_TO_LAUNCH", False):
+        return None
+    if not any(_UNMEASURED == c.rejected for c in selection.trace):
+        _selections[request, "auto", True] = selection
     return selection
 
 

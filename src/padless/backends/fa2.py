@@ -23,6 +23,7 @@ from padless.environment import import_optional, package_version
 from padless.layout import VarlenLayout
 
 NAME = "fa2"
+QUICK_TO_LAUNCH = True
 
 _MODULE = "flash_attn.flash_attn_interface"
 # 2.0 aligned causal masks top-left.

@@ -16,6 +16,7 @@ from padless.environment import import_optional, package_version
 from padless.layout import VarlenLayout
 
 NAME = "fa3"
+QUICK_TO_LAUNCH = True
 
 _MODULE = "flash_attn_interface"
 _NEEDED = (

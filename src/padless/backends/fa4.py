@@ -19,6 +19,8 @@ from padless.environment import import_optional, package_version
 from padless.layout import VarlenLayout
 
 NAME = "fa4"
+# Its launches are Python: 0.15 ms forward and 0.2 ms backward on the host of an H100.
+SLOW_TO_LAUNCH = True
 
 _MODULE = "flash_attn.cute.interface"
 _NEEDED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale")

@@ -30,6 +30,7 @@ from padless.environment import import_optional
 from padless.layout import VarlenLayout
 
 NAME = "torch_varlen"
+QUICK_TO_LAUNCH = True
 
 _POSITIONAL = (
     "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask".split()
