@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import padless.dispatch
+import padless.workload
 from attention_cases import Case, assert_mask_right, assert_numbers_right
 from padless.backends import reference, sdpa
 from padless.backends.request import AttentionRequest
@@ -192,6 +193,9 @@ def test_which_calls_the_host_is_what_they_wait_for(case: str) -> None:
     assert padless.dispatch.has_little_work(request, layout, layout) is want
     on_cpu = replace(request, device=torch.device("cpu"))
     assert padless.dispatch.has_little_work(on_cpu, layout, layout) is False
+    with padless.workload.as_if_much_work():
+        assert padless.dispatch.has_little_work(request, layout, layout) is False
+    assert padless.dispatch.has_little_work(request, layout, layout) is want
 
 
 def test_selection_is_told_of_little_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,14 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import padless
+from padless import dispatch, workload
+from padless.backends import reference
 from padless.errors import UnsupportedError
 from padless.hf.attention import Projected
 from padless.hf.masks import LayerMask
 from padless.llama import attend, paths
 from padless.llama import engage as engage_module
+from padless.selection import Candidate, Selection
 from padless.unpadded import layer
 from padless.verification import VerifyReport, measure, verify
 from padless.verification import run as run_module
@@ -165,6 +168,25 @@ def test_row_without_padding_is_not_trusted_if_it_is_wrong(monkeypatch: pytest.M
     monkeypatch.setattr(measure.Baseline, "widened", lambda *_: widened.append(1))
     assert _verify(_model(), paths=("patch",)).passed
     assert widened == []
+
+
+def test_backend_of_large_batches_is_verified_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two backends of a GPU, of which the small batch takes the second by itself.
+    def little(*_: Any) -> bool:
+        return not workload._as_if_much.get()
+
+    def select(request: Any, backend: str, *, little_work: bool, **options: Any) -> Any:
+        name = "sdpa" if little_work else "reference"
+        return Selection(name, request.head_dim, (Candidate(name, request.head_dim, None),))
+
+    monkeypatch.setattr(dispatch, "has_little_work", little)
+    monkeypatch.setattr(dispatch, "select_backend", select)
+    report = _verify(_model(), paths=("patch",)).paths[0]
+    assert report.passed and report.backends == ("reference", "sdpa")
+    broken = reference.varlen
+    monkeypatch.setattr(reference, "varlen", lambda *a, **o: broken(*a, **o) * 1.001)
+    failed = [c.name for c in _verify(_model(), paths=("patch",)).paths[0].checks if not c.passed]
+    assert failed == ["logits, left pad", "gradients, left pad"]
 
 
 def test_check_names_the_tensor_that_decided() -> None:

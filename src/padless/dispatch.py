@@ -20,6 +20,7 @@ from padless.environment import autocasts
 from padless.errors import BackendUnavailableError
 from padless.layout import VarlenLayout
 from padless.selection import Selection, adapter, select_backend
+from padless.workload import has_little_work
 
 Layouts = tuple[VarlenLayout, VarlenLayout]
 
@@ -79,33 +80,6 @@ def plan_call(
         if backend != "auto":
             raise BackendUnavailableError(f"no backend can serve {request}: {backend}: {reason}")
         passed_over[selection.name] = reason
-
-
-# Of a decoder layer, and of attention in it, in floating point operations of a training step: on an
-# H100 they take about as long as the host takes for a layer, and for a slow launch.
-_LITTLE_LAYER = 1e12
-_LITTLE_ATTENTION = 5e10
-
-
-def has_little_work(
-    request: AttentionRequest, layout_q: VarlenLayout, layout_k: VarlenLayout
-) -> bool:
-    """Whether the host, which launches kernels, is what such a layer waits for.
-
-    How large the layer is around the heads is guessed: twelve square matrices, as LLaMA has them.
-
-    Note:
-        A guess that is off costs microseconds, whichever way. H100, torch 2.11, flash-attn-4 b36:
-        a training step's two launches take 350 us, those of torch's own kernel 150 us, while that
-        kernel takes the device 268 us for 8 sequences of 1024 tokens, 9 heads of 64.
-    """
-    if request.device.type != "cuda":
-        return False
-    width = request.num_heads * request.head_dim
-    if 72 * layout_q.total * width**2 > _LITTLE_LAYER:
-        return False
-    pairs = sum(n * m for n, m in zip(layout_q.lengths, layout_k.lengths, strict=True))
-    return (7 if request.causal else 14) * width * pairs <= _LITTLE_ATTENTION
 
 
 def attend(

@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from padless.verification.report import (
     StepTime,
     VerifyReport,
 )
+from padless.workload import as_if_much_work
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,7 +49,8 @@ def verify(
     Logits and gradients of the patched model are compared with a float64 copy (float32 for half
     precision), beside the unpatched model's own error in the same dtype; greedy tokens with the
     unpatched model's; and a perturbation probe sees which outputs depend on which tokens. Every
-    check runs on the batch padded on the right and on the left.
+    check runs on the batch padded on the right and on the left; on the left, numbers are those of
+    the backend that a large batch would take, if it is another.
 
     Args:
         model: a `LlamaForCausalLM`, or a model around one (PEFT); given back as it was, patched
@@ -178,13 +181,15 @@ class _Run:
             self._stage(f"{path} path: logits")
             for batch in self.batches:
                 _, truth = self.logits[batch.side]
-                got = measure.real_logits(self.model, batch)
+                with _backends_for(batch):
+                    got = measure.real_logits(self.model, batch)
                 judged = {"logits": (got, truth, self.logits_error)}
                 checks.append(measure.judge(f"logits, {batch.side} pad", judged))
             self._stage(f"{path} path: gradients")
             for batch in self.batches:
                 _, truths = self.gradients[batch.side]
-                grads = measure.training_step(self.model, batch)
+                with _backends_for(batch):
+                    grads = measure.training_step(self.model, batch)
                 judged = {n: (grads[n], truths[n], self.gradient_errors[n]) for n in truths}
                 checks.append(measure.judge(f"gradients, {batch.side} pad", judged))
             self._stage(f"{path} path: {self.new_tokens} greedy tokens")
@@ -284,6 +289,11 @@ class _Run:
                 patched.append(measure.time_ms(step, device))
                 report = served()
         return StepTime(statistics.median(stock), statistics.median(patched)), report
+
+
+def _backends_for(batch: PaddedBatch) -> AbstractContextManager[None]:
+    """Verifies what serves this batch, and on the other side of padding what serves a large one."""
+    return as_if_much_work() if batch.side == "left" else nullcontext()
 
 
 def _check_layers(report: Served, num_layers: int) -> Check:
