@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.plots_parallel import has_timeline
 from benchmarks.results_folder import Json, device
 from padless.benchmark.names import slug
 
@@ -15,12 +16,15 @@ _TITLES = {
     "kernels": "Attention kernels",
     "cpu_step": "A training step on the CPU",
     "losscurve": "Loss of a real model, patched and unpatched",
+    "sequence_parallel": "Computation and communication of one turn",
 }
 
 
 def file_name(record: Json) -> str | None:
     """Names a record's plot; None if it has none."""
     name = record["name"]
+    if name == "sequence_parallel" and not has_timeline(record):
+        return None
     return f"{name}-{slug(device(record))}.png" if name in _TITLES else None
 
 

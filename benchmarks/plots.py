@@ -11,6 +11,7 @@ import matplotlib
 from benchmarks import names
 from benchmarks.plot_names import file_name
 from benchmarks.plots_generation import plot_generation
+from benchmarks.plots_parallel import plot_timelines
 from benchmarks.results_folder import Json, median_ms
 from padless.benchmark.bars import draw_bars
 from padless.benchmark.plot_style import (
@@ -242,4 +243,5 @@ _PLOTS: dict[str, Callable[[Json], Any]] = {
     "kernels": _kernels,
     "cpu_step": _step,
     "losscurve": _losscurve,
+    "sequence_parallel": plot_timelines,
 }

@@ -7,6 +7,7 @@ times their number.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import statistics
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks import names
 from benchmarks.record import Record, parser
 from benchmarks.sequence_peers import Peer, peers
+from benchmarks.timeline import record_timeline
 from padless import VarlenLayout
 from padless.benchmark.clock import Clock
 from padless.benchmark.models import attention_flops
@@ -37,7 +39,9 @@ _TOLERANCE = {"cuda": 0.02, "cpu": 1e-5}
 
 def main() -> None:
     """Measures every length and writes the record, on the first rank."""
-    arguments = parser(__doc__, seconds=120).parse_args()
+    options = parser(__doc__, seconds=120)
+    options.add_argument("--trace", action="store_true", help="a timeline of the shortest batches")
+    arguments = options.parse_args()
     on_gpu = arguments.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -52,6 +56,8 @@ def main() -> None:
         for lengths in ([total], _documents(total, rng)):
             run = _Run(lengths, heads, mesh, clock, arguments.seed)
             timings = run.measure(arguments.seconds / len(tokens) / 2)
+            if arguments.trace and total == tokens[0]:
+                run.trace(timings)
             if record:
                 _add(record, lengths, heads, timings, run.dtype)
     # A rank that leaves closes sockets that others may still read.
@@ -154,6 +160,19 @@ class _Run:
                     timings[name].peak_bytes = max(peak, timings[name].peak_bytes or 0)
             rounds += 1
         return list(timings.values())
+
+    def trace(self, timings: list[Timing]) -> None:
+        """Notes for each way but one GPU's what this rank's kernels did in one more turn."""
+        for timing in timings:
+            peer = self.peers[timing.name]
+            if peer.is_alone or timing.reason is not None:
+                continue
+            parts = [peer.take(x).detach() for x in self.whole]
+            with peer.context():
+                dist.barrier()
+                found = record_timeline(functools.partial(self._compute, peer, parts))
+            if found is not None:
+                timing.facts["timeline"] = found.as_facts()
 
     def _check(self, name: str, peer: Peer, parts: list[Tensor]) -> dict[str, Any]:
         """Compares with one GPU, which is the first to be asked."""

@@ -61,7 +61,7 @@ def write_sequence_parallel(record: Json) -> str:
     Args:
         record: of `benchmarks.sequence_parallel`.
     """
-    header = ["by", "ms", "efficiency", "peak GiB a rank", "off by"]
+    header = ["by", "ms", "efficiency", "communication hidden", "peak GiB a rank", "off by"]
     blocks = []
     for table in record["tables"]:
         lines = []
@@ -71,11 +71,13 @@ def write_sequence_parallel(record: Json) -> str:
                 continue
             peak = row.get("peak_bytes")
             errors = row.get("relative_rms", {})
+            hidden = row.get("timeline", {}).get("communication_hidden")
             lines.append(
                 [
                     name_cell(row),
                     number(median_ms(table, row["name"]) or 0.0),
                     f"{row['efficiency']:.3f}" if "efficiency" in row else "",
+                    f"{hidden:.0%}" if hidden is not None else "",
                     f"{peak / 2**30:.1f}" if peak else "",
                     f"{max(errors.values()):.1e}" if errors else "",
                 ]

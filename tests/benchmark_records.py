@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks import names
 from benchmarks.record import COUNTING, FORMAT
+from benchmarks.timeline import Timeline
 
 from padless.benchmark.rows import rows
 from padless.benchmark.variant import Timing
@@ -248,10 +249,11 @@ def sequence_parallel_record() -> dict[str, Any]:
         return Timing(name, samples={"forward_backward": [ms]}, peak_bytes=2**30, facts=facts)
 
     errors = {"relative_rms": {"out": 1e-3, "dq": 3e-3}}
+    timeline = Timeline([(5.0, 9.0), (12.0, 14.0)], [(4.0, 8.0), (10.0, 20.0)]).as_facts()
     rows_of = [
         timing(names.ONE_GPU, 50.0),
         timing(names.ULYSSES, 26.0, efficiency=0.96, **errors),
-        timing(names.RING, 27.0, efficiency=0.93, **errors),
+        timing(names.RING, 27.0, efficiency=0.93, timeline=timeline, **errors),
         Timing(names.CONTEXT_PARALLEL, reason="cannot resize variables"),
     ]
     facts = {

@@ -115,7 +115,7 @@ def test_render_writes_page_and_plots(folder: Path, capsys: pytest.CaptureFixtur
 
     page = (folder / "performance.md").read_text(encoding="utf-8")
     plots = sorted(path.name for path in (folder / "img").iterdir())
-    assert len(plots) == 8
+    assert len(plots) == 9
     plots.remove("headline.png")
     for plot in plots:
         assert f"(img/{plot})" in page
@@ -169,7 +169,8 @@ def test_shared_sequences_have_a_table_and_a_verdict() -> None:
 
     record = sequence_parallel_record()
     page = write_sequence_parallel(record)
-    assert "| **padless, Ulysses** | 26.0 | 0.960 | 1.0 | 3.0e-03 |" in page
+    assert "| **padless, Ulysses** | 26.0 | 0.960 |  | 1.0 | 3.0e-03 |" in page
+    assert "| **padless, ring** | 27.0 | 0.930 | 83% | 1.0 | 3.0e-03 |" in page
     assert "| torch context_parallel | cannot resize variables |" in page
     assert [(v.key, v.is_met) for v in judge([record])] == [("P13", True)]
     # The better of the two counts, and no length but the two.
@@ -177,6 +178,19 @@ def test_shared_sequences_have_a_table_and_a_verdict() -> None:
     assert [v.is_met for v in judge([record])] == [False]
     record["tables"][0]["tokens_real"] = 65536
     assert judge([record]) == []
+
+
+def test_timelines_are_drawn_where_there_are_some(tmp_path: Path) -> None:
+    from benchmarks.plot_names import file_name
+    from benchmarks.plots import draw
+
+    record = sequence_parallel_record()
+    (path,) = draw([record], tmp_path)
+    assert path.name == file_name(record) == "sequence_parallel-nvidia-z999.png"
+    assert path.stat().st_size > 10_000
+    for row in record["tables"][0]["rows"]:
+        row.pop("timeline", None)
+    assert file_name(record) is None and draw([record], tmp_path) == []
 
 
 def test_page_without_records_names_the_commands(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def test_benchmark_writes_its_record(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "benchmarks.sequence_parallel", "--smoke", "--device", "cpu"),
+        *("-m", "benchmarks.sequence_parallel", "--smoke", "--device", "cpu", "--trace"),
         *("--seconds", "0.2", "--commit", "c0ffee", "--out", str(tmp_path)),
     ]
     path = os.pathsep.join([str(root), *(each for each in sys.path if each)])
