@@ -24,6 +24,7 @@ from padless.unpadded.batch import FlatBatch
 from padless.unpadded.call import flatten_prompt
 from padless.unpadded.ended import EndedRows
 from padless.unpadded.ledger import Ledger
+from padless.unpadded.norms import FusedNorms
 from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, read_prompt, step_reason
 
 # Steps that run eagerly in front of a capture: kernels compile and libraries set up in the first.
@@ -71,6 +72,7 @@ class Session:
         self._ended: EndedRows | None = None
         self._rows = 0
         self._ledger: Ledger | None = None
+        self._norms = FusedNorms(head)
         self._is_open = True
         self._is_stock_prompt = False
         self._has_mask = False
@@ -210,7 +212,10 @@ class Session:
             for name in ("input_ids", "inputs_embeds", "position_ids")
             if arguments.get(name) is not None
         }
-        outputs = self.head.model(**given, attention_mask=batch, use_cache=False, return_dict=True)
+        with self._norms.in_force():
+            outputs = self.head.model(
+                **given, attention_mask=batch, use_cache=False, return_dict=True
+            )
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
