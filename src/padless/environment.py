@@ -24,6 +24,7 @@ __all__ = [
     "cuda_fault",
     "describe_gpu",
     "hardware",
+    "has_fused_rms_norm",
     "has_sdpa",
     "has_sdpa_gqa",
     "import_optional",
@@ -107,6 +108,23 @@ def has_sdpa() -> bool:
 def has_sdpa_gqa() -> bool:
     """Whether torch's SDPA takes fewer KV heads than query heads (`enable_gqa`, 2.5 and later)."""
     return Version(torch.__version__).release >= (2, 5)
+
+
+@functools.cache
+def has_fused_rms_norm(device_type: str) -> bool:
+    """Whether torch's `rms_norm` is one kernel on a device (CUDA, 2.9 and later).
+
+    Elsewhere it is a composition of as many kernels as it has operations.
+    """
+    if device_type != "cuda" or not hasattr(F, "rms_norm"):
+        return False
+    name = "aten::_fused_rms_norm"
+    try:
+        # Private, and alone in knowing: older versions have the operator for Apple's GPUs alone.
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"))
+    except (AttributeError, RuntimeError):
+        # Versions that do not have the operator, or the question, any more or yet.
+        return False
 
 
 def is_compiling() -> bool:

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList
 
 import padless
 from golden.generating import IS_FAST, REAL, check_cache, check_fast, generate
-from golden.models import batch, build_model, since
+from golden.models import HEADS, batch, build_model, since
 from golden.test_patch_cache import keys_and_values
+from padless.unpadded import norms
 
 pytestmark = pytest.mark.case("generate")
 
@@ -213,3 +215,21 @@ def test_a_patch_of_the_process_generates_so_too() -> None:
         check_fast(handle.report(), steps=11, prompt=REAL["left"])
     assert torch.equal(got, want)
     assert "generate" not in vars(transformers.LlamaForCausalLM)
+
+
+@pytest.mark.skipif(not hasattr(F, "rms_norm"), reason="torch before 2.4 has no rms_norm")
+@pytest.mark.parametrize("heads", HEADS)
+def test_norms_of_one_kernel(heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    sound = F.rms_norm
+    monkeypatch.setattr(norms, "has_fused_rms_norm", lambda device_type: True)
+    monkeypatch.setattr(norms.F, "rms_norm", lambda *args: (calls.append(1), sound(*args))[1])
+    model = build_model(heads, max_position_embeddings=512)
+    want = generate(model, new=256)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with padless.patch(model) as handle:
+        assert torch.equal(generate(model, new=256), want)
+        check_fast(handle.report(), steps=255, prompt=REAL["left"])
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    layers = model.config.num_hidden_layers
+    assert len(calls) == (256 * (2 * layers + 1) if IS_FAST else 0)

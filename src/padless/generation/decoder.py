@@ -81,3 +81,22 @@ def choose_decoder(request: AttentionRequest, backend: str) -> Decoder:
             return Decoder(name, module, name == "sdpa" and request.device_type != "cpu")
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailableError("; ".join(reasons))
+
+
+def decoder_of(store: RaggedStore, num_key_value_groups: int, backend: str) -> Decoder:
+    """Chooses what attends to a store, as `choose_decoder` does.
+
+    Args:
+        store: filled with the prompt.
+        num_key_value_groups: query heads to a KV head.
+        backend: as for `choose_decoder`.
+
+    Raises:
+        BackendUnavailableError: none does, with the reasons.
+    """
+    buffers = store.layers[0]
+    assert buffers is not None  # the prompt has been through the first layer
+    k = buffers[0]
+    num_heads = k.shape[2] * num_key_value_groups
+    request = AttentionRequest(k.device, k.dtype, k.shape[-1], num_heads, k.shape[2], causal=False)
+    return choose_decoder(request, backend)

@@ -140,10 +140,16 @@ def uncapturable_reason(model: torch.nn.Module) -> str | None:
             continue
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
             return "hooks on modules inside the model, which a graph would not run"
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or type(module).__name__ == "OptimizedModule":
+        if is_compiled(module):
             return "compiled modules inside the model"
     for parameter in model.parameters():
         if type(parameter) is not torch.nn.Parameter:
             return f"weights of type {type(parameter).__name__}"
     return None
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module is one that torch.compile has been put on."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    return type(module).__name__ == "OptimizedModule"

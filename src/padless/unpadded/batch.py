@@ -77,6 +77,13 @@ class FlatBatch:
         self.shard = shard
         self.kept: KeptKeys | None = None
 
+    @classmethod
+    def of_step(cls, store: RaggedStore, decoder: Decoder) -> FlatBatch:
+        """Makes the batch of a decoding step: one further token for each row of a store."""
+        lengths = store.rows.lengths
+        layout = VarlenLayout.from_rows(store.batch, 1, device=lengths.device)
+        return cls(layout, lengths.view(1, -1), store=store, decoder=decoder)
+
     def __contains__(self, item: object) -> bool:
         # transformers 4.34 to 4.37 ask a mask whether a 0 is in it, and drop it if not.
         return True

@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padless.backends.request import AttentionRequest
 from padless.errors import BackendUnavailableError
 from padless.generation.cache import attach_store, discard, settle, store_of
-from padless.generation.decoder import Decoder, choose_decoder
+from padless.generation.decoder import decoder_of
 from padless.generation.graph import StepGraph, run_on_side_stream, uncapturable_reason
 from padless.generation.store import RaggedStore
 from padless.hf.eras import Era
-from padless.layout import VarlenLayout
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.call import flatten_prompt
 from padless.unpadded.ended import EndedRows
 from padless.unpadded.ledger import Ledger
+from padless.unpadded.norms import FusedNorms
 from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, read_prompt, step_reason
 
 # Steps that run eagerly in front of a capture: kernels compile and libraries set up in the first.
@@ -73,6 +72,7 @@ class Session:
         self._ended: EndedRows | None = None
         self._rows = 0
         self._ledger: Ledger | None = None
+        self._norms = FusedNorms(head)
         self._is_open = True
         self._is_stock_prompt = False
         self._has_mask = False
@@ -178,13 +178,14 @@ class Session:
             logits = logits.repeat_interleave(copies, 0)
             batch.store.copy_rows(copies)
         try:
-            decoder = _choose(layers[0].self_attn, batch.store, ledger.backend)
+            groups = layers[0].self_attn.num_key_value_groups
+            decoder = decoder_of(batch.store, groups, ledger.backend)
         except BackendUnavailableError as error:
             self._attach(arguments, batch.store)
             outputs = self._outputs(logits.unsqueeze(1))
             return outputs, f"no backend decodes: {error}"
         self._attach(arguments, batch.store)
-        self._batch = _step_batch(batch.store, decoder)
+        self._batch = FlatBatch.of_step(batch.store, decoder)
         self._rows = batch.store.batch
         if self._end_tokens:
             end_tokens = torch.tensor(self._end_tokens, device=logits.device)
@@ -211,7 +212,10 @@ class Session:
             for name in ("input_ids", "inputs_embeds", "position_ids")
             if arguments.get(name) is not None
         }
-        outputs = self.head.model(**given, attention_mask=batch, use_cache=False, return_dict=True)
+        with self._norms.in_force():
+            outputs = self.head.model(
+                **given, attention_mask=batch, use_cache=False, return_dict=True
+            )
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
@@ -239,7 +243,7 @@ class Session:
         assert batch is not None
         if batch.layout.batch != store.batch:
             assert batch.decoder is not None
-            self._batch = _step_batch(store, batch.decoder)
+            self._batch = FlatBatch.of_step(store, batch.decoder)
             self._capture_anew()
         if store.make_room():
             self._capture_anew()
@@ -292,18 +296,3 @@ class Session:
         if self._graph is not None:
             self._graph.release()
             self._graph = None
-
-
-def _step_batch(store: RaggedStore, decoder: Decoder) -> FlatBatch:
-    lengths = store.rows.lengths
-    layout = VarlenLayout.from_rows(store.batch, 1, device=lengths.device)
-    return FlatBatch(layout, lengths.view(1, -1), store=store, decoder=decoder)
-
-
-def _choose(attention: Any, store: RaggedStore, backend: str) -> Decoder:
-    buffers = store.layers[0]
-    assert buffers is not None
-    k = buffers[0]
-    num_heads = k.shape[2] * attention.num_key_value_groups
-    request = AttentionRequest(k.device, k.dtype, k.shape[-1], num_heads, k.shape[2], causal=False)
-    return choose_decoder(request, backend)
