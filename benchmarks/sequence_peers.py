@@ -68,7 +68,7 @@ def peers(layout: VarlenLayout, mesh: Any) -> dict[str, Peer]:
             functools.partial(varlen_attention, layout=layout), identity, identity, True
         ),
         names.ULYSSES: sharded(ulysses_attention, "ulysses"),
-        names.ULYSSES_WHOLE: sharded(ulysses_attention, "ulysses", chunks=1),
+        names.ULYSSES_OVERLAPPED: sharded(ulysses_attention, "ulysses", chunks=2),
         names.RING: sharded(ring_attention, "ring"),
         names.ULYSSES_BY_HAND: Peer(
             functools.partial(_by_hand, layout, mesh.get_group()),

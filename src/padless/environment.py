@@ -218,3 +218,9 @@ def _default_sdpa(device: torch.device) -> str | None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
+
+
+def ranks_per_host() -> int | None:
+    """Reads how many processes torchrun has started on each host; None where it has not."""
+    found = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(found) if found.isdigit() and int(found) > 0 else None

@@ -76,7 +76,7 @@ def ulysses_attention(
         deterministic: whether gradients repeat.
         backend: "auto", or the name of one.
         chunks: parts into which a rank's heads are cut, to attend to one while others travel;
-            default: 2 where its KV heads are an even number, else 1.
+            default: 1 where the ranks are of one host; else 2 if its KV heads are an even number.
         shard: of this layout and mesh, to make it once for many layers.
 
     Returns:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from padless.environment import ranks_per_host
+
 
 @dataclass(frozen=True)
 class SequenceGroup:
@@ -64,6 +66,18 @@ class SequenceGroup:
                 f"{mesh.mesh.tolist()}; pass the mesh of the group that it is in"
             )
         return cls(mesh.get_group(), mesh.get_local_rank(), mesh.size())
+
+    @property
+    def is_within_host(self) -> bool:
+        """Whether its processes are of one host, as far as torchrun tells; True where it does not.
+
+        Source: torchrun numbers the processes of a host one after the other.
+        """
+        number = ranks_per_host()
+        if number is None:
+            return True
+        ranks = dist.get_process_group_ranks(self.process_group)
+        return len({rank // number for rank in ranks}) == 1
 
     def neighbour(self, step: int) -> int:
         """Names the global rank of the process that many places further round the group."""

@@ -59,7 +59,7 @@ def attend_by_heads(
         group: who takes part.
         attend: attention over all tokens, for any number of heads.
         chunks: parts into which a rank's heads are cut, to attend to one while others travel;
-            default: 2 where its KV heads are an even number, else 1.
+            default: 1 where the ranks are of one host; else 2 if its KV heads are an even number.
 
     Returns:
         `(own, num_heads, head_dim)`.
@@ -75,25 +75,31 @@ def attend_by_heads(
     if copies > 1:
         k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
     kv_heads = k.shape[1] // size
-    chunks = (2 if kv_heads % 2 == 0 else 1) if chunks is None else chunks
+    if chunks is None:
+        # Between two H100 of a host data travels in 5 % of the time, and kernels that share the
+        # device with it, each for half of the heads, lose more than that.
+        chunks = 2 if kv_heads % 2 == 0 and not group.is_within_host else 1
     if chunks < 1 or kv_heads % chunks:
         raise ValueError(
             f"chunks must divide the {kv_heads} KV heads that each rank attends with, got {chunks}"
         )
     exchange = Exchange(group, totals)
-    # (own, size, chunks, heads, head_dim): heads of a rank are neighbours, and so are a chunk's.
+    # Heads of a rank are neighbours, and so are those of a chunk. Each step here is a copy at most,
+    # forward and backward: to pick a chunk by its index would be two backward.
     parts = [
-        x.reshape(own, size, chunks, x.shape[1] // size // chunks, head_dim) for x in (q, k, v)
+        x.reshape(own, size, chunks, x.shape[1] // (size * chunks), head_dim) for x in (q, k, v)
     ]
-    heads = [part.shape[3] for part in parts]
+    picked = [part.unbind(2) if chunks > 1 else (part.flatten(2, 3),) for part in parts]
+    heads = [of_chunks[0].shape[2] for of_chunks in picked]
     sent = [
-        exchange.to_heads(torch.cat([part[:, :, chunk] for part in parts], dim=2).transpose(0, 1))
-        for chunk in range(chunks)
+        exchange.to_heads(torch.cat([x.transpose(0, 1) for x in of_chunk], dim=2))
+        for of_chunk in zip(*picked, strict=True)
     ]
     back = []
     for pending in sent:
         out = attend(*pending.wait().split(heads, dim=1))
         back.append(exchange.to_tokens(out))
-    outs = torch.stack([pending.wait() for pending in back], dim=1)
-    # (size, chunks, own, heads, head_dim) to (own, num_heads, head_dim)
-    return outs.permute(2, 0, 1, 3, 4).reshape(own, num_heads, head_dim)
+    # (size, own, heads, head_dim) each, to (own, num_heads, head_dim)
+    outs = [pending.wait().transpose(0, 1) for pending in back]
+    joined = outs[0] if chunks == 1 else torch.stack(outs, dim=2)
+    return joined.reshape(own, num_heads, head_dim)
