@@ -220,7 +220,7 @@ def _ask(
 _WRONG = "computes wrong here: "
 UNMEASURED = "not measured yet"
 _UNMEASURED = (
-    f"{UNMEASURED}, which it cannot be while a CUDA graph is captured; make the call once before"
+    "not measured yet, which it cannot be while a CUDA graph is captured; make the call once before"
 )
 
 
