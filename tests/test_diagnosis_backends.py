@@ -11,11 +11,21 @@ import torch
 
 from diagnoses import OK, broken, packages
 from kernel_stand_ins import forget, install
+from padless import selection
 from padless.diagnosis import backends as backends_module
 from padless.diagnosis import questions
 from padless.diagnosis.backends import ask_backends
 from padless.diagnosis.child import NoAnswerError
-from padless.selection import BACKENDS, forget_selections, select_backend
+from padless.diagnosis.need import REQUESTS as REQUESTS_IN_ORDER
+from padless.diagnosis.need import Usual
+from padless.selection import (
+    BACKENDS,
+    UNMEASURED,
+    ask_backend,
+    forget_selections,
+    select_backend,
+)
+from planted_backends import FAULTS, planted
 
 REQUESTS = 18
 
@@ -142,3 +152,24 @@ def test_a_child_that_asks_nothing_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(backends_module, "ask", ask)
     with pytest.raises(NoAnswerError, match="ImportError: x"):
         ask_backends("cpu", "float32", packages(), 1.0)
+
+
+def test_larger_heads_are_not_measured_behind_the_budget(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer may take several measurements: each of them needs leave."""
+    usual = Usual("smollm2-135m", "bfloat16", training=True)
+    request = questions.usual_requests(torch.device("cpu"))[REQUESTS_IN_ORDER.index(usual)]
+    wrong = planted(FAULTS["wrong_kv_head"], name="slow")
+    asked: list[int] = []
+
+    def may_measure(backend: Any, request: Any) -> bool:
+        asked.append(request.head_dim)
+        return len(asked) < 3
+
+    monkeypatch.setattr(selection, "adapter", lambda name: wrong)
+    assert ask_backend("slow", request, may_measure).rejected == UNMEASURED
+    assert asked == [64, 96, 128]
+    # What is on record needs no leave.
+    found = ask_backend("slow", request, lambda *_: False)
+    assert (found.rejected, found.head_dim) == (UNMEASURED, 128)

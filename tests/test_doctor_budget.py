@@ -21,7 +21,7 @@ from padless.diagnosis.need import REQUESTS, Budget, Usual, in_order_of_need, mo
 from padless.diagnosis.report import Backend, Choice
 from padless.qualification import expected_ms, forget_verdicts, qualify
 from padless.qualification import verdict as verdict_module
-from padless.selection import UNMEASURED, adapter, ask_backend, forget_selections
+from padless.selection import adapter, forget_selections
 from planted_backends import FAULTS, flash_like, planted
 
 CPU = torch.device("cpu")
@@ -263,25 +263,6 @@ def test_an_interrupt_before_any_answer_is_told(monkeypatch: pytest.MonkeyPatch)
     found, choices, is_interrupted = ask_backends("cpu", "float32", (), 1.0)
     assert (found, is_interrupted) == ((), True)
     assert {(choice.backend, choice.unmeasured) for choice in choices} == {(None, ())}
-
-
-def test_larger_heads_are_not_measured_behind_the_budget(machine: Clock) -> None:
-    """One answer may take several measurements: each of them needs leave."""
-    request = questions.usual_requests(CPU)[_number("smollm2-135m", "bfloat16", True)]
-    wrong = planted(FAULTS["wrong_kv_head"], name="slow")
-    asked: list[int] = []
-
-    def may_measure(backend: Any, request: Any) -> bool:
-        asked.append(request.head_dim)
-        return len(asked) < 3
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "adapter", lambda name: wrong)
-        assert ask_backend("slow", request, may_measure).rejected == UNMEASURED
-        assert asked == [64, 96, 128]
-        # What is on record needs no leave.
-        found = ask_backend("slow", request, lambda *_: False)
-        assert (found.rejected, found.head_dim) == (UNMEASURED, 128)
 
 
 def test_a_measurement_is_expected_to_take_as_long_as_the_longest_before(clock: Clock) -> None:

@@ -84,6 +84,14 @@ def test_the_others_are_timed_before_a_late_one_is_built() -> None:
     assert all(sorted(tail[at : at + 3]) == ["a", "b", "late"] for at in range(0, len(tail), 3))
 
 
+def test_rounds_before_a_late_one_leave_it_its_own() -> None:
+    log: list[str] = []
+    builders = {"a": _variant(log, "a"), "late": _variant(log, "late")}
+    found = _measure(builders, [], late=("late",), seconds=100.0, max_rounds=3)
+    assert found["late"].reason is None
+    assert found["late"].rounds == found["a"].rounds == [3, 4, 5]
+
+
 def test_where_the_late_one_fails_nothing_is_dropped() -> None:
     def fails() -> Variant:
         raise RuntimeError("no compiler")

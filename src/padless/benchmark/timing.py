@@ -60,7 +60,7 @@ def measure(
             of a training step in front of its backward.
         warmup: turns of each variant before the rounds; the first of them is checked.
         min_rounds: are made even if the time is over, unless it is three times over; one is always.
-        max_rounds: are not passed.
+        max_rounds: are not passed, in front of those that are late nor behind.
         seed: of the order within rounds.
         sit_out_at_most: a variant this much slower than the fastest, or more, is timed in every
             round of this number; a variant half as slow in twice as many. 1: nobody sits out.
@@ -182,7 +182,7 @@ class _Rounds:
             self._tell(what, round(1e3 * spent), round(1e3 * seconds))
 
         with without_collections():
-            while self._done < self.max_rounds:
+            while self._done - before < self.max_rounds:
                 gc.collect()
                 index, elapsed = self._done - before, time.perf_counter() - start
                 # The first round, in which nobody sits out, is made in any case.
