@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import padless
-from padless.benchmark import timing
+from padless.benchmark import timing, warmup
 
 
 def tiny_model() -> Any:
@@ -44,4 +44,5 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, turn: int) -> list[str]:
         sound(found, *args, **kwargs)
 
     monkeypatch.setattr(timing, "take", take)
+    monkeypatch.setattr(warmup, "take", take)
     return taken

@@ -80,6 +80,16 @@ def choices(backend: str | None, padded: int | None = None) -> tuple[Choice, ...
     )
 
 
+def half_measured() -> tuple[Choice, ...]:
+    """What `auto` takes where FlashAttention-4 was measured for the most needed requests alone."""
+    return tuple(
+        choice
+        if choice.dtype == "float32" or (choice.shape, choice.dtype) == ("llama3-8b", "bfloat16")
+        else replace(choice, backend=None, padded_head_dim=None, unmeasured=("fa4",))
+        for choice in choices("fa4")
+    )
+
+
 def machine(gpu: Gpu | None, **changes: Any) -> Diagnosis:
     """A sound machine with a GPU, or none, except for what is changed."""
     name = gpu.name if gpu else ""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from typer.testing import CliRunner, Result
 
 import padless
 from padless import checkpoint
-from padless.benchmark import run, timing
+from padless.benchmark import run, timing, warmup
 from padless.benchmark.distributions import read_lengths
 from padless.benchmark.models import NAMED, Shape
+from padless.benchmark.training_step import TrainingStep
 from padless.cli import app
 from padless.cli import bench as bench_module
 from padless.errors import CheckpointError
@@ -67,8 +70,31 @@ def test_own_model_is_measured_and_written(folder: Path, tmp_path: Path) -> None
     assert report.passed and report.row("eager").reason is None
     (image,) = out.glob("bench-*.png")
     assert image.read_bytes().startswith(b"\x89PNG")
-    # Progress is for terminals.
-    assert result.stderr == ""
+    # The bar is for terminals; elsewhere a line a stage says what is waited for.
+    stages = [line.removeprefix("padless bench: ") for line in result.stderr.splitlines()]
+    assert stages[0] == "loading torch and transformers"
+    assert [s for s in stages if s.startswith("verifying: patch")] == [
+        "verifying: patch path: logits",
+        "verifying: patch path: gradients",
+        "verifying: patch path: 8 greedy tokens",
+        "verifying: patch path: perturbation probe",
+        "verifying: patch path: time of a step",
+    ]
+    assert not any("sdpa path" in stage or "flash path" in stage for stage in stages)
+    for name in ("unpatched", "padless", "eager"):
+        at = stages.index(f"warming up: {name}")
+        assert stages[at + 1].startswith(f"warmed up: {name} in ")
+    assert stages[-1] == "timing by turns" and stages.count("timing by turns") == 1
+
+
+def test_on_a_terminal_stages_are_a_bar_and_nothing_is_left_of_it() -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    with bench_module._stages(Console(file=out, force_terminal=True, width=80)) as on_progress:
+        on_progress("warming up: padless", 1, 3)
+    assert "warming up: padless" in out.getvalue()
+    assert "padless bench: " not in out.getvalue()
 
 
 def test_large_numbers_and_long_reasons_fit(folder: Path, tmp_path: Path) -> None:
@@ -213,6 +239,7 @@ def test_interrupt_exits_130_with_what_was_measured(
         sound(*args, **kwargs)
 
     monkeypatch.setattr(timing, "take", take)
+    monkeypatch.setattr(warmup, "take", take)
     result = _run(tmp_path, "--model", folder, "--no-verify", "--peers", "eager", "--seconds", 100)
     assert result.exit_code == 130, result.output
     assert "interrupted: what was measured until then" in _one_line(result.stdout)
@@ -222,6 +249,78 @@ def test_interrupt_exits_130_with_what_was_measured(
     assert steps == ([0, 0, 0] if turn == 1 else [1, 1, 2])
     assert len(list(tmp_path.glob("*.png"))) == (turn != 1)
     assert ("of floor" in result.stdout) is (turn != 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_sigterm_exits_130_with_what_was_measured(folder: Path, tmp_path: Path) -> None:
+    arguments = ("--model", folder, "--peers", "eager", "--no-verify", "--seconds", 1000)
+    small = ("--batch", 3, "--seqlen", 16, "--device", "cpu", "--out", tmp_path)
+    command = [sys.executable, "-m", "padless", "bench", *map(str, (*small, *arguments))]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line == "padless bench: timing by turns\n":
+                break
+        time.sleep(1.0)
+        # As `timeout` and job managers do.
+        child.terminate()
+        out, err = child.communicate(timeout=120)
+    assert child.returncode == 130, err
+    assert "interrupted: what was measured until then" in _one_line(out)
+    report = _report(tmp_path)
+    assert report.is_interrupted
+    assert all(len(row.samples_ms) > 1 for row in report.rows)
+    assert len(list(tmp_path.glob("*.png"))) == 1
+    assert "Traceback" not in err
+
+
+def test_what_was_measured_is_on_disk_before_the_compiler_begins(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[padless.BenchReport] = []
+
+    def compiled(self: TrainingStep, **options: Any) -> Any:
+        seen.append(_report(tmp_path))
+        assert len(list(tmp_path.glob("*.png"))) == 1
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(TrainingStep, "compiled", compiled)
+    result = _run(tmp_path, "--model", folder, "--no-verify", "--peers", "compile,eager")
+    assert result.exit_code == 0, result.output
+    (early,) = seen
+    assert early.is_interrupted
+    assert {row.name: len(row.samples_ms) > 0 for row in early.rows} == {
+        "unpatched": True,
+        "padless": True,
+        "compile": False,
+        "eager": True,
+    }
+    stages = [line.removeprefix("padless bench: ") for line in result.stderr.splitlines()]
+    at = stages.index("timing by turns, before compile")
+    assert stages[at + 1].startswith("written until now: ")
+    assert "warming up: compile" in stages[at + 1 :]
+    assert "not measured: compile: RuntimeError: no compiler here" in stages[at + 1 :]
+    report = _report(tmp_path)
+    assert not report.is_interrupted
+    assert not list(tmp_path.glob("*.part"))
+    assert "compile RuntimeError: no compiler here" in _one_line(result.stdout)
+
+
+def test_the_limit_of_a_warm_up_reaches_the_benchmark(folder: Path, tmp_path: Path) -> None:
+    result = _run(
+        tmp_path, "--model", folder, "--no-verify", "--peers", "eager", "--warmup-seconds", 1e-9
+    )
+    assert result.exit_code == 0, result.output
+    report = _report(tmp_path)
+    assert [row.name for row in report.rows if row.reason is None] == ["unpatched", "padless"]
+    said = "TooSlowError: its warm-up was not done after 0 s, and 1e-09 are allowed"
+    assert report.row("eager").reason == f"{said}; raise warmup_seconds"
+    assert f"padless bench: not measured: eager: {said}; raise" in result.stderr
+    result = _run(tmp_path, "--model", folder, "--warmup-seconds", 0)
+    assert result.exit_code == 2
+    assert "warmup_seconds must be above 0, got 0.0" in _one_line(result.stderr)
 
 
 def test_interrupt_while_loading_exits_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +338,7 @@ def test_failed_verification_exits_1_and_times_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = (Check("logits, right pad", False, "RMS error 1e-1 (allowed 1e-5)"),)
-    monkeypatch.setattr(run, "_verified", lambda *_: failed)
+    monkeypatch.setattr(run, "verified", lambda *_: failed)
     result = _run(tmp_path, "--model", folder)
     assert result.exit_code == 1
     text = _one_line(result.stdout)

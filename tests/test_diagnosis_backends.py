@@ -11,14 +11,29 @@ import torch
 
 from diagnoses import OK, broken, packages
 from kernel_stand_ins import forget, install
+from padless import selection
 from padless.diagnosis import backends as backends_module
-from padless.diagnosis import questions, run
+from padless.diagnosis import questions
 from padless.diagnosis.backends import ask_backends
 from padless.diagnosis.child import NoAnswerError
-from padless.diagnosis.report import Torch
-from padless.selection import BACKENDS, forget_selections, select_backend
+from padless.diagnosis.need import REQUESTS as REQUESTS_IN_ORDER
+from padless.diagnosis.need import Usual
+from padless.selection import (
+    BACKENDS,
+    UNMEASURED,
+    ask_backend,
+    forget_selections,
+    select_backend,
+)
+from planted_backends import FAULTS, planted
 
 REQUESTS = 18
+
+
+def _always(*_: Any) -> bool:
+    return True
+
+
 WRONG = "computes wrong here: dq of head 0 is off by 130 %"
 Reject = Callable[[str, int], str | None]
 
@@ -37,7 +52,7 @@ def test_asked_one_by_one_they_choose_what_auto_takes(
     if installed:
         install(monkeypatch, installed)
     for request in questions.usual_requests(torch.device("cpu"))[::5]:
-        answers = {name: questions._ask_one(name, request) for name in BACKENDS}
+        answers = {name: questions._ask_one(name, request, _always) for name in BACKENDS}
         forget_selections()
         auto = select_backend(request)
         first = next(name for name in BACKENDS if answers[name]["rejected"] is None)
@@ -56,7 +71,7 @@ def test_a_backend_that_is_wrong_says_by_how_much(
     right = fa4.varlen
     monkeypatch.setattr(fa4, "varlen", lambda *args, **options: 1.05 * right(*args, **options))
     request = questions.usual_requests(torch.device("cpu"))[0]
-    answer = questions._ask_one("fa4", request)
+    answer = questions._ask_one("fa4", request, _always)
     assert answer["rejected"].startswith("computes wrong here: ")
     assert "times its budget" in answer["rejected"]
 
@@ -87,7 +102,7 @@ def test_one_that_ends_the_process_does_not_silence_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started = _pretend(monkeypatch, lambda name, number: None, dies_at=("fa4", "torch_varlen"))
-    found, choices = ask_backends("cuda:0", packages(flash_attn_4=OK), 1.0)
+    found, choices, _ = ask_backends("cuda:0", "bfloat16", packages(flash_attn_4=OK), 1.0)
     by_name = {backend.name: backend for backend in found}
     assert len(started) == 3
     assert [b.name for b in found] == list(BACKENDS)
@@ -99,7 +114,7 @@ def test_one_that_ends_the_process_does_not_silence_the_others(
 
 def test_broken_packages_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     started = _pretend(monkeypatch, lambda name, number: None)
-    found, _ = ask_backends("cuda:0", packages(flash_attn=broken("OSError: x")), 1.0)
+    found, *_ = ask_backends("cuda:0", "bfloat16", packages(flash_attn=broken("OSError: x")), 1.0)
     by_name = {backend.name: backend for backend in found}
     assert {name for name, _ in started[0]["done"]} == {"fa1", "fa2"}
     assert by_name["fa1"].status == by_name["fa2"].status == "broken"
@@ -118,7 +133,7 @@ def test_status_tells_missing_from_unfit_and_wrong(monkeypatch: pytest.MonkeyPat
         return "needs float16 or bfloat16" if name == "torch_varlen" and number > 3 else None
 
     _pretend(monkeypatch, reject)
-    found, choices = ask_backends("cuda:0", packages(flash_attn_4=OK), 1.0)
+    found, choices, _ = ask_backends("cuda:0", "bfloat16", packages(flash_attn_4=OK), 1.0)
     by_name = {backend.name: backend for backend in found}
     assert (by_name["fa4"].status, by_name["fa4"].reasons) == ("wrong", (WRONG,))
     assert by_name["fa3"].status == by_name["fa1"].status == "missing"
@@ -136,6 +151,25 @@ def test_a_child_that_asks_nothing_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(backends_module, "ask", ask)
     with pytest.raises(NoAnswerError, match="ImportError: x"):
-        ask_backends("cpu", packages(), 1.0)
-    asked = run._ask_backends(Torch("2.11.0"), "cpu", packages(), 1.0)
-    assert asked == ((), (), "ImportError: x")
+        ask_backends("cpu", "float32", packages(), 1.0)
+
+
+def test_larger_heads_are_not_measured_behind_the_budget(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer may take several measurements: each of them needs leave."""
+    usual = Usual("smollm2-135m", "bfloat16", training=True)
+    request = questions.usual_requests(torch.device("cpu"))[REQUESTS_IN_ORDER.index(usual)]
+    wrong = planted(FAULTS["wrong_kv_head"], name="slow")
+    asked: list[int] = []
+
+    def may_measure(backend: Any, request: Any) -> bool:
+        asked.append(request.head_dim)
+        return len(asked) < 3
+
+    monkeypatch.setattr(selection, "adapter", lambda name: wrong)
+    assert ask_backend("slow", request, may_measure).rejected == UNMEASURED
+    assert asked == [64, 96, 128]
+    # What is on record needs no leave.
+    found = ask_backend("slow", request, lambda *_: False)
+    assert (found.rejected, found.head_dim) == (UNMEASURED, 128)

@@ -23,7 +23,59 @@ def _unseen(gpu: Gpu, torch: Torch, **changes: object) -> Diagnosis:
     return on.machine(None, torch=torch, **driver, **changes)
 
 
+FA4_ON = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+H100_WITH_FA4 = on.machine(
+    on.H100,
+    packages=on.packages(flash_attn_4=replace(on.OK, version="4.0.0b36")),
+    backends=FA4,
+    choices=on.choices("fa4"),
+    usual_dtype="bfloat16",
+)
+OPEN = tuple(
+    replace(choice, backend=None, unmeasured=("fa4", "torch_varlen"))
+    for choice in on.choices("fa4")
+)
+
 STEPS = {
+    "fa4 that compiles in every process": (
+        H100_WITH_FA4,
+        f"set {FA4_ON}=1, so that FlashAttention-4 keeps its compiled kernels on disk",
+    ),
+    "fa4 that keeps its kernels": (
+        replace(H100_WITH_FA4, variables={FA4_ON: "1"}),
+        VERIFY,
+    ),
+    "fa4 whose variable is off": (
+        replace(H100_WITH_FA4, variables={FA4_ON: "true"}),
+        f"set {FA4_ON}=1",
+    ),
+    "an fa4 that may not know the variable": (
+        replace(
+            H100_WITH_FA4, packages=on.packages(flash_attn_4=replace(on.OK, version="4.0.0b5"))
+        ),
+        VERIFY,
+    ),
+    "fa4 that is not taken": (
+        replace(H100_WITH_FA4, choices=on.choices("torch_varlen")),
+        VERIFY,
+    ),
+    "something needed is not measured": (
+        replace(H100_WITH_FA4, choices=OPEN),
+        "run `padless doctor --all`, which measures what was left open: auto would ask fa4 and "
+        "torch_varlen first for llama3-8b, bfloat16, inference",
+    ),
+    "something else is not measured": (
+        replace(H100_WITH_FA4, choices=on.half_measured()),
+        f"set {FA4_ON}=1",
+    ),
+    "interrupted": (
+        replace(H100_WITH_FA4, is_interrupted=True),
+        "run `padless doctor` again: it goes on where this one was interrupted",
+    ),
+    "interrupted before any answer": (
+        replace(H100_WITH_FA4, backends=(), choices=(), is_interrupted=True),
+        "run `padless doctor` again",
+    ),
     "no GPU": (on.machine(None), "run `padless verify`, which"),
     "A100": (on.machine(on.A100), "run `padless verify --device cuda:0 --dtype bfloat16`"),
     "RTX 4090": (on.machine(on.RTX4090), VERIFY),

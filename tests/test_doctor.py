@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -42,11 +45,22 @@ def _command(kept: Path, *arguments: str, site: Path | None = None) -> Any:
     )
 
 
+def _started(kept: Path, *arguments: str, site: Path) -> Any:
+    path = [str(site), *(entry for entry in sys.path if entry)]
+    return subprocess.Popen(
+        [sys.executable, "-c", "from padless.cli import main; main()", "doctor", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PADLESS_CACHE": str(kept)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_this_machine(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PADLESS_CACHE", str(kept))
     monkeypatch.setenv("HF_TOKEN", "secret")
-    stages: list[str] = []
-    found = padless.doctor(on_progress=stages.append)
+    told: list[tuple[str, int, int]] = []
+    found = padless.doctor(seconds=math.inf, on_progress=lambda *said: told.append(said))
     assert found.ok
     assert [backend.name for backend in found.backends] == list(BACKENDS)
     assert found.transformers.state == "ok"
@@ -56,7 +70,10 @@ def test_this_machine(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_TOKEN" not in found.variables
     assert len(found.choices) == 18
     assert all(choice.backend for choice in found.choices)
-    assert stages[0] == "importing torch and transformers"
+    assert not any(backend.unmeasured for backend in found.backends)
+    assert told[0] == ("importing torch and transformers", 0, 0)
+    assert told[-1][2] == len(BACKENDS) * len(found.choices)
+    assert (found.is_interrupted, found.device == "cpu") == (False, found.usual_dtype == "float32")
     assert found.next_step
     data = found.as_dict()
     assert json.loads(json.dumps(data)) == data
@@ -173,6 +190,53 @@ def test_packages_that_end_their_process_leave_a_report(kept: Path, tmp_path: Pa
     assert "died of SIGABRT: terminate called" in by_name["fa2"]["reasons"][0]
     assert by_name["sdpa"]["status"] == "accepted"
     assert found["next_step"].startswith("upgrade transformers 2.8.3")
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+def test_seconds_must_not_be_negative(seconds: float) -> None:
+    with pytest.raises(ValueError, match="seconds must be 0 or more, or None, got"):
+        padless.doctor(seconds=seconds)
+
+
+def test_no_backend_that_can_be_asked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask_backends(*args: Any, **options: Any) -> Any:
+        raise run.NoAnswerError("ImportError: x")
+
+    monkeypatch.setattr(run, "ask_backends", ask_backends)
+    found = padless.doctor()
+    assert (found.backends, found.choices, found.backends_fault) == ((), (), "ImportError: x")
+
+
+def test_what_is_not_measured_is_neither_accepted_nor_rejected(tmp_path: Path) -> None:
+    done = _command(tmp_path / "empty", "--json", "--seconds", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    by_name = {backend["name"]: backend for backend in found["backends"]}
+    assert by_name["sdpa"]["status"] == "unmeasured"
+    assert by_name["sdpa"]["unmeasured"] == len(found["choices"])
+    assert by_name["reference"]["status"] == "accepted"
+    assert all(choice["backend"] is None for choice in found["choices"])
+    assert all("sdpa" in choice["unmeasured"] for choice in found["choices"])
+    assert found["next_step"].startswith("run `padless doctor --all`, which measures")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_signal_while_packages_are_imported_ends_it_at_once(
+    number: signal.Signals, kept: Path, tmp_path: Path
+) -> None:
+    plant(tmp_path, "hangs")
+    start = time.monotonic()
+    with _started(kept, site=tmp_path) as child:
+        # Its line says that it has been at it for a second.
+        assert child.stderr.readline().startswith("padless doctor: importing packages")
+        child.send_signal(number)
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert out == ""
+    assert "padless doctor: interrupted before anything was found" in err
+    assert "Traceback" not in err
+    assert time.monotonic() - start < 30
 
 
 def test_a_broken_torch_leaves_a_report_and_exits_1(kept: Path, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -30,6 +32,18 @@ MACHINES = {
         backends=on.backends("fa4", "torch_varlen", "sdpa"),
         choices=on.choices("fa4", padded=192),
         variables={"CUDA_VISIBLE_DEVICES": "0", "TORCH_CUDNN_SDPA_AVOID_RECOMPILE": "1"},
+    ),
+    "H100, not all measured": on.machine(
+        on.H100,
+        packages=on.packages(flash_attn_4=on.OK),
+        backends=on.backends(
+            "torch_varlen",
+            "sdpa",
+            fa4=Backend("fa4", "partly", ("needs float16 or bfloat16",), 10),
+            fa2=Backend("fa2", "unmeasured", (), 10),
+        ),
+        choices=on.half_measured(),
+        usual_dtype="bfloat16",
     ),
     "RTX 4090, broken": on.machine(
         on.RTX4090,
@@ -169,25 +183,91 @@ def test_help_says_what_the_exit_codes_mean() -> None:
     assert "1: nothing can run" in text
 
 
+LINE = "padless doctor: importing packages and measuring attention backends"
+
+
 @pytest.mark.parametrize(
     "seconds, shown, terminal, expected",
     [
-        (0.3, True, True, True),
-        (0.0, True, True, False),
-        (0.3, False, True, False),
-        (0.3, True, False, False),
+        (0.3, True, True, "measuring fa4: llama3-8b, bfloat16, training"),
+        (0.0, True, True, ""),
+        (0.3, False, True, ""),
+        (0.3, True, False, LINE),
+        (0.0, True, False, ""),
+        (0.3, False, False, ""),
     ],
 )
-def test_the_spinner_shows_after_a_while_on_a_terminal_and_leaves_nothing(
-    seconds: float, shown: bool, terminal: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_progress_shows_after_a_while_a_bar_on_a_terminal_and_a_line_elsewhere(
+    seconds: float, shown: bool, terminal: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "_PATIENCE_S", 0.05)
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=80)
-    with command._spinner(console, shown=shown) as on_progress:
-        on_progress("measuring attention backends")
+    console = Console(file=out, force_terminal=terminal, width=100)
+    with command._progress(console, shown=shown) as on_progress:
+        on_progress("importing torch and transformers", 0, 0)
+        on_progress("measuring fa4: llama3-8b, bfloat16, training", 24, 126)
         time.sleep(seconds)
-    assert ("measuring attention backends" in out.getvalue()) is expected
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    if expected == LINE:
+        assert text == LINE + "\n"
+    elif expected:
+        assert expected in text and "24/126" in text
+    else:
+        assert text.strip() == ""
+
+
+def test_what_is_not_measured_says_so_and_how_to_measure_it() -> None:
+    text = _print(MACHINES["H100, not all measured"])
+    words = " ".join(text.split())
+    assert "fa4 partly needs float16 or bfloat16 not measured yet, 10 of 18 usual requests" in words
+    assert "fa2 open not measured yet" in words
+    assert "20 of 126 answers of backends are not measured yet: `padless doctor --all`" in words
+    (row,) = (line for line in text.splitlines() if line.strip().startswith("llama3-8b, 32/8"))
+    assert "fa4" in row and "none" not in row
+    assert "not measured yet" in words.split("llama-7b, 32/32 x 128")[1].split("llama3-8b")[0]
+
+
+def test_an_interrupt_leaves_the_report_and_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replace(MACHINES["H100, not all measured"], is_interrupted=True)
+    found = replace(found, next_step=find_next_step(found))
+    monkeypatch.setattr(padless.diagnosis, "doctor", lambda **options: found)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 130
+    words = " ".join(result.stdout.split())
+    assert "Interrupted: this is what was found until then." in words
+    assert "Next: run `padless doctor` again: it goes on where this one was interrupted" in words
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 130 and json.loads(result.stdout) == found.as_dict()
+
+
+@pytest.mark.parametrize(
+    "arguments, seconds",
+    [
+        ([], None),
+        (["--seconds", "3"], 3.0),
+        (["--seconds", "inf"], math.inf),
+        (["--all"], math.inf),
+        (["--all", "--seconds", "3"], math.inf),
+    ],
+    ids=str,
+)
+def test_the_budget_reaches_the_doctor(
+    arguments: list[str], seconds: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def doctor(**options: Any) -> Diagnosis:
+        asked.append(options["seconds"])
+        return MACHINES["none"]
+
+    monkeypatch.setattr(padless.diagnosis, "doctor", doctor)
+    assert CliRunner().invoke(app, ["doctor", *arguments]).exit_code == 0
+    assert asked == [seconds]
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-1"])
+def test_typer_refuses_seconds_that_are_no_time(seconds: str) -> None:
+    assert CliRunner().invoke(app, ["doctor", "--seconds", seconds]).exit_code == 2
 
 
 def test_typer_refuses_a_limit_that_is_not_positive() -> None:

@@ -112,6 +112,37 @@ def select_backend(
     return _select(request, backend, {}) if found is None else found
 
 
+def ask_backend(
+    name: str,
+    request: AttentionRequest,
+    may_measure: Callable[[ModuleType, AttentionRequest], bool],
+) -> Candidate:
+    """Asks one backend what "auto" would ask it, with a say in what is measured.
+
+    Args:
+        name: of the backend.
+        request: what is asked.
+        may_measure: is asked in front of each measurement, with the adapter and the request.
+
+    Returns:
+        Its answer: for the first size of heads at which it serves; else for the request's own. With
+        `rejected` at `UNMEASURED` it is not known yet.
+    """
+
+    def doubt(backend: ModuleType, asked: AttentionRequest) -> str | None:
+        if known_verdict(backend, asked) is None and not may_measure(backend, asked):
+            return UNMEASURED
+        return _measure(backend, asked)
+
+    first = None
+    for candidate in _ask(name, request, _trust if name == "reference" else doubt):
+        if candidate.rejected in (None, UNMEASURED):
+            return candidate
+        first = first or candidate
+    assert first is not None  # a backend answers for the request's own size in any case
+    return first
+
+
 def forget_selections() -> None:
     """Forgets every answer, what was logged of it, and the verdicts behind it, those on disk not.
 
@@ -211,6 +242,7 @@ def _ask(
 
 
 _WRONG = "computes wrong here: "
+UNMEASURED = "not measured yet"
 _UNMEASURED = (
     "not measured yet, which it cannot be while a CUDA graph is captured; make the call once before"
 )

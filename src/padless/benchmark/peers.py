@@ -23,7 +23,8 @@ _NEEDS: dict[str, tuple[str, str, bool]] = {
 }
 PEERS = tuple(_NEEDS)
 # torch.compile takes minutes to build what it then runs; it is there for who asks.
-DEFAULT_PEERS = tuple(name for name in PEERS if name != "compile")
+LATE = ("compile",)
+DEFAULT_PEERS = tuple(name for name in PEERS if name not in LATE)
 
 
 def check_peers(peers: Sequence[str]) -> tuple[str, ...]:

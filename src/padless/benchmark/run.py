@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,26 +17,25 @@ from padless.benchmark.batches import Batch, make_batch
 from padless.benchmark.clock import Ceilings, Clock, measure_ceilings
 from padless.benchmark.distributions import SHORTEST, LengthSource, check_lengths
 from padless.benchmark.models import Shape
-from padless.benchmark.peers import DEFAULT_PEERS, builders, check_peers
+from padless.benchmark.names import PADLESS, UNPATCHED
+from padless.benchmark.peers import DEFAULT_PEERS, LATE, builders, check_peers
 from padless.benchmark.reasons import is_out_of_memory
 from padless.benchmark.report import BenchReport
 from padless.benchmark.summary import floor_ms, summarise
 from padless.benchmark.timing import Progress, measure
 from padless.benchmark.training_step import TrainingStep, widening
 from padless.benchmark.variant import Timing
+from padless.benchmark.verified import verified
 from padless.environment import hardware, versions
 from padless.errors import UnsupportedError
 from padless.llama.engage import suspended
 from padless.unpadded.engagement import set_aside
-from padless.verification import Check, verify
+from padless.verification import Check
 from padless.verification.measure import attention_layers, undisturbed, vocab_size
 
 # Turns before the rounds: on a GPU kernels are compiled and plans are made in them.
 _WARMUP = {"cuda": 3, "cpu": 2}
 _MAX_ROUNDS = 1000
-# What is verified first: small, half of it padding, as far as rows may be this long.
-_VERIFIED_LENGTHS = (24, 7, 15, 3)
-_VERIFIED_TOKENS = 8
 _DEFAULT_BATCH = 8
 # The longest row where the caller names none.
 _DEFAULT_SEQLEN = {"cuda": 2048, "cpu": 128}
@@ -53,9 +53,11 @@ def bench(
     peers: Sequence[str] = DEFAULT_PEERS,
     verify_first: bool = True,
     seconds: float = 20.0,
+    warmup_seconds: float = 60.0,
     seed: int = 0,
     name: str | None = None,
     on_progress: Progress | None = None,
+    on_partial: Callable[[BenchReport], None] | None = None,
 ) -> BenchReport:
     """Times a training step of the caller's model: unpatched, patched and by its peers, by turns.
 
@@ -76,9 +78,13 @@ def bench(
         peers: of `padless.benchmark.PEERS`; the model's own attention is no peer of itself.
         verify_first: whether the numbers are verified before anything is timed.
         seconds: of timing in all; verifying and warming up are not in them.
+        warmup_seconds: behind which a peer that is not warm yet is given up. A turn that runs is
+            not cut off, so that a compiler may take longer: "compile" comes last for that.
         seed: of lengths, tokens and the order of turns.
         name: what to call the model in the report; default its class.
         on_progress: called with (stage, done, total).
+        on_partial: given what was measured of the others by the time at which "compile" is begun,
+            marked as interrupted.
 
     Returns:
         The report. If the verification failed it has no rows, and `report.passed` is False.
@@ -101,7 +107,7 @@ def bench(
         seqlen = max(lengths)
     elif seqlen is None:
         seqlen = _DEFAULT_SEQLEN.get(device.type, _DEFAULT_SEQLEN["cpu"])
-    _check_numbers(batch, seqlen, seconds)
+    _check_numbers(batch, seqlen, seconds, warmup_seconds)
     if not forward_only and not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(
             "model must have a weight that requires gradients to be trained, got none; "
@@ -111,9 +117,41 @@ def bench(
     source = LengthSource(seqlen, distribution=distribution, lengths=lengths, rng=rng)
     run = _Run(model, device, source, batch, seconds, seed, forward_only, fixed_lengths)
     run.peers = check_peers(peers)
+    run.warmup_seconds = warmup_seconds
     started = time.perf_counter()
-    is_interrupted = False
     tell = on_progress or (lambda *_: None)
+
+    def report(is_interrupted: bool) -> BenchReport:
+        rounds = run.rounds()
+        floor = None
+        if run.ceilings is not None and rounds:
+            floor = floor_ms(run.shape, rounds, run.ceilings, forward_only=forward_only)
+        return BenchReport(
+            model=name or type(model).__name__,
+            shape=run.shape.as_facts(),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            attention=run.attention,
+            hardware=hardware(device),
+            versions=versions(),
+            date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            seed=seed,
+            batch=batch,
+            seqlen=seqlen,
+            lengths_from="lengths" if lengths is not None else distribution,
+            is_fixed=fixed_lengths,
+            is_forward_only=forward_only,
+            ceilings=None if run.ceilings is None else run.ceilings._asdict(),
+            floor_ms=floor,
+            checks=run.checks,
+            rows=summarise(run.timings, rounds, floor),
+            lengths_a_round=rounds,
+            is_interrupted=is_interrupted,
+            seconds=time.perf_counter() - started,
+        )
+
+    if on_partial is not None:
+        run.before_late = lambda: on_partial(report(is_interrupted=True))
+    is_interrupted = False
     try:
         with ExitStack() as entered:
             for context in (suspended(), set_aside(model), undisturbed(model)):
@@ -121,38 +159,12 @@ def bench(
             if device.type == "cuda":
                 entered.enter_context(torch.cuda.device(device))
             if verify_first:
-                run.checks = _verified(model, seqlen, seed, device, tell)
+                run.checks = verified(model, seqlen, seed, device, tell)
             if all(check.passed for check in run.checks):
                 run.time(rng, tell)
     except KeyboardInterrupt:
         is_interrupted = True
-    weight = next(model.parameters())
-    rounds = run.rounds()
-    floor = None
-    if run.ceilings is not None and rounds:
-        floor = floor_ms(run.shape, rounds, run.ceilings, forward_only=forward_only)
-    return BenchReport(
-        model=name or type(model).__name__,
-        shape=run.shape.as_facts(),
-        dtype=str(weight.dtype).removeprefix("torch."),
-        attention=run.attention,
-        hardware=hardware(device),
-        versions=versions(),
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        seed=seed,
-        batch=batch,
-        seqlen=seqlen,
-        lengths_from="lengths" if lengths is not None else distribution,
-        is_fixed=fixed_lengths,
-        is_forward_only=forward_only,
-        ceilings=None if run.ceilings is None else run.ceilings._asdict(),
-        floor_ms=floor,
-        checks=run.checks,
-        rows=summarise(run.timings, rounds, floor),
-        lengths_a_round=rounds,
-        is_interrupted=is_interrupted,
-        seconds=time.perf_counter() - started,
-    )
+    return report(is_interrupted)
 
 
 class _Run:
@@ -175,6 +187,8 @@ class _Run:
         self.shape = Shape.of_config(model.config)
         self.attention = getattr(model.config, "_attn_implementation", None) or "eager"
         self.peers: tuple[str, ...] = ()
+        self.warmup_seconds = math.inf
+        self.before_late: Callable[[], None] | None = None
         self.checks: tuple[Check, ...] = ()
         self.ceilings: Ceilings | None = None
         self.timings: list[Timing] = []
@@ -227,8 +241,13 @@ class _Run:
                 max_rounds=_MAX_ROUNDS,
                 seed=self.seed,
                 sit_out_at_most=1,
+                late=LATE,
+                warmup_limits=dict.fromkeys(
+                    made.keys() - {UNPATCHED, PADLESS}, self.warmup_seconds
+                ),
                 into=self.timings,
                 on_progress=tell,
+                before_late=self.before_late,
             )
         finally:
             self.timings += [Timing(name, reason) for name, reason in without.items()]
@@ -241,31 +260,6 @@ class _Run:
         return tuple(self._drawn[self._warmup : self._warmup + count])
 
 
-def _verified(
-    model: Any, seqlen: int, seed: int, device: torch.device, tell: Progress
-) -> tuple[Check, ...]:
-    """Verifies the patch on a small batch of random tokens."""
-    lengths = [max(SHORTEST, min(seqlen, length)) for length in _VERIFIED_LENGTHS]
-    made = make_batch(lengths, max(lengths), vocab_size(model), random.Random(seed), device)
-    inputs = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
-    try:
-        report = verify(
-            model,
-            inputs,
-            paths=("patch",),
-            new_tokens=_VERIFIED_TOKENS,
-            on_progress=lambda stage, done, total: tell(f"verifying: {stage}", done, total),
-        )
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UnsupportedError(
-            "memory must hold a copy of the model in higher precision to verify it, got too little;"
-            " cut layers, or leave the verification out"
-        ) from error
-    return report.paths[0].checks
-
-
 def _one_device(model: nn.Module) -> torch.device:
     devices = {weight.device for weight in model.parameters()}
     if len(devices) != 1 or (device := devices.pop()).type == "meta":
@@ -275,10 +269,12 @@ def _one_device(model: nn.Module) -> torch.device:
     return device
 
 
-def _check_numbers(batch: int, seqlen: int, seconds: float) -> None:
+def _check_numbers(batch: int, seqlen: int, seconds: float, warmup_seconds: float) -> None:
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     if seqlen < SHORTEST:
         raise ValueError(f"seqlen must be at least {SHORTEST} tokens, got {seqlen}")
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
+    if not warmup_seconds > 0:
+        raise ValueError(f"warmup_seconds must be above 0, got {warmup_seconds}")

@@ -15,7 +15,17 @@ from padless.benchmark.variant import Timing, Variant
 
 @dataclass
 class Turn:
-    """A variant that takes part, and the marks of its current round."""
+    """A variant that takes part, and the marks of its current round.
+
+    Attributes:
+        timing: what is measured of it.
+        variant: what it computes.
+        every: it takes the rounds whose number this divides.
+        batch: that its inputs were made of.
+        inputs: of the current round.
+        marks: measure, start and end, not read yet.
+        warm_ms: what it took when it was warm, in front of the rounds.
+    """
 
     timing: Timing
     variant: Variant = field(default_factory=lambda: Variant(forward=lambda inputs: inputs))
@@ -23,6 +33,7 @@ class Turn:
     batch: Any = None
     inputs: Any = None
     marks: list[tuple[str, Any, Any]] = field(default_factory=list)
+    warm_ms: float = 0.0
 
     def close(self) -> None:
         """Lets the variant put back what it changed, and takes its last facts."""

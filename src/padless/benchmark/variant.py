@@ -66,3 +66,10 @@ class Timing:
     rounds: list[int] = field(default_factory=list)
     peak_bytes: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def drop_before(self, index: int) -> None:
+        """Drops what is from rounds before this one; a turn gives one sample of each measure."""
+        count = sum(number < index for number in self.rounds)
+        del self.rounds[:count]
+        for samples in self.samples.values():
+            del samples[:count]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from padless.cli.interrupt import terminable
 from padless.cli.options import DTYPES, check_device, quiet_transformers
 
 if TYPE_CHECKING:
@@ -62,6 +66,9 @@ def bench_command(
         bool, typer.Option("--no-verify", help="Do not verify the numbers first.")
     ] = False,
     seconds: Annotated[float, typer.Option(help="Of timing in all.")] = 20.0,
+    warmup_seconds: Annotated[
+        float, typer.Option(help="Give a peer up that is not warm by then; a step is not cut off.")
+    ] = 60.0,
     seed: Annotated[int, typer.Option(help="Of lengths, tokens and random weights.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the PNG.")] = Path(
         "padless-bench"
@@ -70,7 +77,7 @@ def bench_command(
     """Time a step of a model, unpatched, patched and by its peers, on this machine.
 
     Exit code 0: measured; 1: the verification or padless failed; 2: the request cannot be carried
-    out; 130: interrupted, with what was measured until then.
+    out; 130: interrupted by Ctrl-C or SIGTERM, with what was measured until then.
     """
     from padless.errors import PadlessError
 
@@ -83,11 +90,13 @@ def bench_command(
         "forward_only": forward,
         "verify_first": not no_verify,
         "seconds": seconds,
+        "warmup_seconds": warmup_seconds,
         "seed": seed,
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        report = _bench(model, layers, lengths, dtype, device, peers, options, errors)
+        with terminable():
+            report = _bench(model, layers, lengths, dtype, device, peers, out, options, errors)
     except KeyboardInterrupt:
         errors.print("padless bench: interrupted before anything was measured")
         raise typer.Exit(_INTERRUPTED) from None
@@ -97,7 +106,8 @@ def bench_command(
     from padless.cli.bench_table import print_report
 
     print_report(report, Console())
-    _write(report, out, errors)
+    for path in _write(report, out, lambda text: typer.echo(f"padless bench: {text}", err=True)):
+        typer.echo(f"written: {path}")
     if report.is_interrupted:
         raise typer.Exit(_INTERRUPTED)
     raise typer.Exit(0 if report.passed else 1)
@@ -110,19 +120,14 @@ def _bench(
     dtype: str | None,
     device: str | None,
     peers: str | None,
+    out: Path,
     options: dict[str, Any],
     errors: Console,
 ) -> BenchReport:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    shown = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
-    with shown as progress:
-        task = progress.add_task("loading torch and transformers", total=None)
-
-        def on_progress(stage: str, done: int, total: int) -> None:
-            progress.update(task, description=stage, completed=done, total=total)
-
+    with _stages(errors) as on_progress:
+        on_progress("loading torch and transformers", 0, 0)
         import torch
 
         from padless.benchmark import DEFAULT_PEERS, PEERS, bench, read_lengths
@@ -139,11 +144,49 @@ def _bench(
         is_default = model == _DEFAULT_MODEL and layers is None
         if is_default and torch.device(device).type == "cpu":
             layers = _DEFAULT_CPU_LAYERS
-        progress.update(task, description=f"loading {model}")
+        on_progress(f"loading {model}", 0, 0)
         llama, name = _load(model, layers, dtype, device, options)
+
+        def on_partial(report: BenchReport) -> None:
+            def say(text: str) -> None:
+                on_progress(text, 0, 0)
+
+            try:
+                for path in _write(report, out, say):
+                    say(f"written until now: {path}")
+            except OSError as error:
+                # At the end it is tried again, with all that there is.
+                say(f"not written until now: {error}")
+
         return bench(
-            llama, lengths=own, peers=chosen, name=name, on_progress=on_progress, **options
+            llama,
+            lengths=own,
+            peers=chosen,
+            name=name,
+            on_progress=on_progress,
+            on_partial=on_partial,
+            **options,
         )
+
+
+@contextmanager
+def _stages(errors: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Gives what takes stage, done and total: a bar on a terminal, elsewhere a line a stage."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    shown = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+    said = ""
+    with shown as progress:
+        task = progress.add_task("", total=None)
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            nonlocal said
+            progress.update(task, description=stage, completed=done, total=total or None)
+            if stage != said and not errors.is_terminal:
+                # Not by rich, which folds where a log has no width.
+                typer.echo(f"padless bench: {stage}", err=True)
+            said = stage
+
+        yield on_progress
 
 
 def _load(
@@ -183,22 +226,22 @@ def _load(
     return llama, f"{name}{remark}"
 
 
-def _write(report: BenchReport, out: Path, errors: Console) -> None:
-    """Writes the JSON and, if there is a figure to draw, the PNG."""
+def _write(report: BenchReport, out: Path, remark: Callable[[str], None]) -> list[Path]:
+    """Writes the JSON and, if there is a figure to draw, the PNG; returns what is there then."""
     from padless.benchmark.names import slug
 
     stem = out / f"bench-{slug(report.model)}-{slug(report.hardware['device'])}"
     path = stem.with_name(f"{stem.name}.json")
-    path.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
-    typer.echo(f"written: {path}")
+    work = path.with_suffix(".part")
+    # Never half of it in the place of what was written before, whenever the process ends.
+    work.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    os.replace(work, path)
     if not any(row.reason is None for row in report.rows):
-        return
+        return [path]
     try:
         from padless.benchmark.chart import draw_chart
 
-        typer.echo(f"written: {draw_chart(report, path.with_suffix('.png'))}")
+        return [path, draw_chart(report, path.with_suffix(".png"))]
     except ImportError:
-        errors.print(
-            'padless bench: no chart, since matplotlib is missing; pip install "padless[plot]"',
-            markup=False,
-        )
+        remark('no chart, since matplotlib is missing; pip install "padless[plot]"')
+        return [path]

@@ -17,6 +17,7 @@ _STYLES = {
     "tested": "green",
     "partly": "yellow",
     "newer": "yellow",
+    "unmeasured": "yellow",
     "missing": "dim",
     "unfit": "dim",
 }
@@ -31,8 +32,11 @@ _MEANS = {
     "wrong": "WRONG",
     "broken": "BROKEN",
     "crashed": "CRASHES",
+    "unmeasured": "open",
     "too old": "TOO OLD",
 }
+# Neither good nor bad: nobody knows.
+_OPEN = "not measured yet"
 
 
 def print_diagnosis(found: Diagnosis, console: Console) -> None:
@@ -53,13 +57,24 @@ def print_diagnosis(found: Diagnosis, console: Console) -> None:
             # Not the table's own title, which would be folded to the table's width.
             console.print(Text(title, style="bold"))
             console.print(table)
+    open_ = sum(backend.unmeasured for backend in found.backends)
+    if open_:
+        total = len(found.backends) * len(found.choices)
+        console.print(
+            f"{open_} of {total} answers of backends are not measured yet: `padless doctor --all` "
+            "measures them, and auto measures what it needs when it needs it."
+        )
+        console.print()
     for warning in found.warnings:
         console.print(Text.assemble(("warning: ", "yellow"), warning))
         console.print()
     verdict = f"Attention runs here, on {found.device}." if found.ok else "Nothing can run here."
-    if found.ok and (found.transformers.state != "ok" or found.transformers.support == "too old"):
+    if found.is_interrupted:
+        verdict = "Interrupted: this is what was found until then."
+    elif found.ok and (found.transformers.state != "ok" or found.transformers.support == "too old"):
         verdict = f"Attention runs here, on {found.device}, but there is no LLaMA to patch."
-    console.print(Text(verdict, style="bold green" if found.ok else "bold red"))
+    is_good = found.ok and not found.is_interrupted
+    console.print(Text(verdict, style="bold green" if is_good else "bold red"))
     console.print(Text.assemble(("Next: ", "bold"), found.next_step))
 
 
@@ -132,6 +147,10 @@ def _backends(found: Diagnosis) -> Table:
         if backend.status == "broken":
             # What its loader says is long, and stands above once.
             reasons = "its package does not import, see above"
+        if backend.unmeasured:
+            of = "" if backend.unmeasured == len(found.choices) else f", {backend.unmeasured} of "
+            of += f"{len(found.choices)} usual requests" if of else ""
+            reasons = "\n".join(filter(None, (reasons, f"{_OPEN}{of}")))
         table.add_row(backend.name, _status(backend.status), Text(reasons))
     if not found.backends:
         table.add_row("none", _status("broken"), Text(found.backends_fault or ""))
@@ -158,7 +177,8 @@ def _taken(choices: Iterable[Choice]) -> str:
     for choice in choices:
         padded = choice.padded_head_dim not in (None, choice.head_dim)
         size = f" at {choice.padded_head_dim}" if padded else ""
-        names.append(f"{choice.backend or 'none'}{size}")
+        missing = _OPEN if choice.unmeasured else "none"
+        names.append(f"{choice.backend or missing}{size}")
     return " / ".join(dict.fromkeys(names))
 
 

@@ -21,6 +21,7 @@ from padless.diagnosis.questions import answer
 answer(sys.argv[2], json.loads(sys.argv[3]))
 """
 _END = "end"
+_running: set[subprocess.Popen[str]] = set()
 
 
 class NoAnswerError(Exception):
@@ -53,6 +54,7 @@ def ask(question: str, argument: Any = None, *, limit_s: float) -> Iterator[Any]
             # Of its own, so that what it started can be ended with it.
             start_new_session=True,
         )
+        _running.add(child)
         try:
             yield from _answers(child, limit_s)
         except queue.Empty:
@@ -66,6 +68,13 @@ def ask(question: str, argument: Any = None, *, limit_s: float) -> Iterator[Any]
             raise NoAnswerError(_cause_of_death(child, said)) from None
         finally:
             _end(child)
+            _running.discard(child)
+
+
+def end_all() -> None:
+    """Ends the processes that are being asked in other threads, which are told so."""
+    for child in tuple(_running):
+        _end(child)
 
 
 def write_answers(answers: IO[str], values: Iterator[Any]) -> None:

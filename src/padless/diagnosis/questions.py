@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from padless.diagnosis.child import write_answers
+from padless.diagnosis.need import REQUESTS, USUAL_SHAPES, Budget, in_order_of_need, most_needed
 from padless.installed import import_optional
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
     from padless.backends.request import AttentionRequest
 
-# Heads, KV heads and head_dim of the models that people patch.
-USUAL_SHAPES = {
-    "llama-7b": (32, 32, 128),
-    "llama3-8b": (32, 8, 128),
-    "smollm2-135m": (9, 3, 64),
-}
-DTYPES = ("bfloat16", "float16", "float32")
+Pair = tuple[str, int]
 
 
 def answer(question: str, argument: Any) -> None:
@@ -63,7 +61,12 @@ def _triton(index: int) -> Iterator[str | None]:
 def _backends(argument: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Answers with every backend's answer to every usual request, saying first which it asks.
 
-    The argument's `device` is where; `done` lists what needs no answer, `[backend, request]`.
+    What is known without a measurement comes first; then it measures in the order of need, until
+    the budget is spent. What has no answer then was not measured.
+
+    The argument's `device` is where; `dtype` is the one that LLaMAs have there; `done` lists what
+    needs no answer, `[backend, request]`, and `accepted` what of it accepts; `seconds` and `spent`
+    are those of `Budget`.
     """
     import torch
 
@@ -72,46 +75,105 @@ def _backends(argument: dict[str, Any]) -> Iterator[dict[str, Any]]:
     requests = usual_requests(torch.device(argument["device"]))
     done = {tuple(pair) for pair in argument["done"]}
     yield {"backends": list(BACKENDS)}
+    open_pairs: set[Pair] = set()
+    accepted: set[Pair] = {(name, number) for name, number in argument["accepted"]}
     for name in BACKENDS:
         for number, request in enumerate(requests):
-            if (name, number) not in done:
-                yield {"asking": [name, number]}
-                yield {"asked": [name, number], **_ask_one(name, request)}
+            if (name, number) in done:
+                continue
+            yield {"asking": [name, number]}
+            found = _ask_one(name, request, lambda *_: False)
+            if found is None:
+                open_pairs.add((name, number))
+                continue
+            if found["rejected"] is None:
+                accepted.add((name, number))
+            yield {"asked": [name, number], **found}
+    budget = Budget(argument["seconds"], argument["spent"])
+    yield from measure(requests, argument["dtype"], budget, open_pairs, accepted)
+
+
+def measure(
+    requests: list[AttentionRequest],
+    dtype: str,
+    budget: Budget,
+    open_pairs: set[Pair],
+    accepted: set[Pair],
+) -> Iterator[dict[str, Any]]:
+    """Measures in the order of need: what `auto` would take everywhere, then all the rest.
+
+    Args:
+        requests: from `usual_requests`.
+        dtype: that LLaMAs have there.
+        budget: is asked in front of each measurement.
+        open_pairs: backends and numbers of requests that have no answer.
+        accepted: those that have one, and accept.
+
+    Yields:
+        What is measured, and its answer.
+    """
+    from padless.selection import BACKENDS, adapter
+
+    needed = {REQUESTS.index(usual) for usual in most_needed(dtype)}
+    open_pairs, accepted = set(open_pairs), set(accepted)
+    for only_until_one_accepts in (True, False):
+        for number in in_order_of_need(dtype):
+            is_needed = only_until_one_accepts and number in needed
+            may_measure = functools.partial(_may_measure, budget, is_needed)
+            for name in BACKENDS:
+                pair, request = (name, number), requests[number]
+                if pair in open_pairs and may_measure(adapter(name), request):
+                    yield {"measuring": [*pair], "needed": is_needed}
+                    budget.start(is_needed)
+                    found = _ask_one(name, request, may_measure)
+                    budget.stop()
+                    if found is not None:
+                        open_pairs.remove(pair)
+                        if found["rejected"] is None:
+                            accepted.add(pair)
+                        yield {"asked": [*pair], **found}
+                if only_until_one_accepts and pair in accepted:
+                    break
+
+
+def _may_measure(
+    budget: Budget, needed: bool, backend: ModuleType, request: AttentionRequest
+) -> bool:
+    from padless.qualification import expected_ms
+
+    return budget.allows(needed, expected_ms(backend, request) / 1e3)
 
 
 def usual_requests(device: torch.device) -> list[AttentionRequest]:
-    """Makes the requests of usual LLaMAs: by shape, then dtype, then forward and training."""
+    """Makes the requests of usual LLaMAs, in the order of `REQUESTS`."""
     import torch
 
     from padless.backends.request import AttentionRequest
 
-    return [
-        AttentionRequest(
-            device,
-            getattr(torch, dtype),
-            head_dim,
-            heads,
-            kv_heads,
-            causal=True,
-            needs_grad=training,
+    made = []
+    for shape, dtype, training in REQUESTS:
+        heads, kv_heads, head_dim = USUAL_SHAPES[shape]
+        kind = getattr(torch, dtype)
+        made.append(
+            AttentionRequest(
+                device, kind, head_dim, heads, kv_heads, causal=True, needs_grad=training
+            )
         )
-        for heads, kv_heads, head_dim in USUAL_SHAPES.values()
-        for dtype in DTYPES
-        for training in (False, True)
-    ]
+    return made
 
 
-def _ask_one(name: str, request: AttentionRequest) -> dict[str, Any]:
-    """Asks one backend as `auto` would: by what it takes, then by its numbers."""
-    from padless.selection import BACKENDS, select_backend
+def _ask_one(
+    name: str,
+    request: AttentionRequest,
+    may_measure: Callable[[ModuleType, AttentionRequest], bool],
+) -> dict[str, Any] | None:
+    """Asks one backend as `auto` would: by what it takes, then by its numbers; None if unknown."""
+    from padless.selection import UNMEASURED, ask_backend
 
-    # The reference takes what is left, so that there is always an answer.
-    others = dict.fromkeys(set(BACKENDS) - {name, "reference"}, "another one is asked")
-    selection = select_backend(request, passing_over=others)
-    if selection.name == name:
-        return {"rejected": None, "head_dim": selection.head_dim}
-    reason = next(c.rejected for c in selection.trace if c.name == name)
-    return {"rejected": reason, "head_dim": request.head_dim}
+    found = ask_backend(name, request, may_measure)
+    if found.rejected == UNMEASURED:
+        return None
+    return {"rejected": found.rejected, "head_dim": found.head_dim}
 
 
 _QUESTIONS: dict[str, Callable[[Any], Iterator[Any]]] = {

@@ -98,13 +98,18 @@ class Backend:
         name: of it.
         status: "accepted" by all usual requests or by some ("partly"); else why it serves none:
             "missing" (not installed), "broken" (does not import), "unfit" (this GPU, dtype or
-            shape), "wrong" (failed its measurement) or "crashed" (ended the process that asked it).
+            shape), "wrong" (failed its measurement) or "crashed" (ended the process that asked it);
+            or "unmeasured": none of those that it was asked by now, others not measured yet.
         reasons: why it does not serve what it does not serve, each once.
+        unmeasured: usual requests for which it has not been measured yet, so that nobody knows.
     """
 
     name: str
-    status: Literal["accepted", "partly", "missing", "broken", "unfit", "wrong", "crashed"]
+    status: Literal[
+        "accepted", "partly", "missing", "broken", "unfit", "wrong", "crashed", "unmeasured"
+    ]
     reasons: tuple[str, ...] = ()
+    unmeasured: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,10 @@ class Choice:
         head_dim: size of one head.
         dtype: as torch names it.
         training: whether gradients are asked for.
-        backend: that `auto` takes; None if none serves.
+        backend: that `auto` takes; None if none serves, or if that is not known yet.
         padded_head_dim: what heads are padded to for it, head_dim as a rule; None without one.
+        unmeasured: backends that `auto` would have to measure first, fastest first; empty if the
+            choice is known.
     """
 
     shape: str
@@ -130,6 +137,7 @@ class Choice:
     training: bool
     backend: str | None
     padded_head_dim: int | None
+    unmeasured: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,8 @@ class Diagnosis:
         cache: folder of padless's files, with what was measured of backends.
         warnings: what is wrong or slow, one sentence each.
         next_step: the one thing to do next.
+        usual_dtype: that LLaMAs have on the device, which is measured first.
+        is_interrupted: whether KeyboardInterrupt ended the measurements early.
     """
 
     padless: str
@@ -173,6 +183,8 @@ class Diagnosis:
     cache: str
     warnings: tuple[str, ...] = ()
     next_step: str = ""
+    usual_dtype: str = "float32"
+    is_interrupted: bool = False
 
     @property
     def ok(self) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import padless
-from padless.diagnosis.backends import ask_backends
-from padless.diagnosis.child import NoAnswerError, ask
+from padless.diagnosis.backends import Progress, ask_backends
+from padless.diagnosis.child import NoAnswerError, ask, end_all
+from padless.diagnosis.need import usual_dtype
 from padless.diagnosis.report import (
     Backend,
     Choice,
@@ -60,48 +60,79 @@ _VARIABLES = (
 )
 
 
-def doctor(*, limit_s: float = 60.0, on_progress: Callable[[str], None] | None = None) -> Diagnosis:
+def doctor(
+    *,
+    limit_s: float = 60.0,
+    seconds: float | None = None,
+    on_progress: Progress | None = None,
+) -> Diagnosis:
     """Finds out what this machine can run, why not the rest, and what to do next.
 
     Args:
         limit_s: how long each import may take, in seconds, before it counts as broken. A backend's
             measurement, which may compile kernels, may take five times as long.
-        on_progress: called with the name of what is being asked.
+        seconds: behind which no measurement of a backend is begun; `math.inf` measures everything,
+            0 nothing. None is 20 for what is needed most, which is training and inference of
+            llama3-8b in the dtype of this machine, and 5 for the rest.
+        on_progress: called with (stage, done, total): what is being asked; 0 of 0 while packages
+            are imported.
 
     Returns:
-        The facts; `as_dict()` gives JSON values.
+        The facts; `as_dict()` gives JSON values. KeyboardInterrupt ends the measurements early:
+        `is_interrupted` is True then, and what was found until then is there.
 
     Raises:
-        ValueError: limit_s is not positive.
+        ValueError: limit_s is not positive, or seconds is negative.
 
     Note:
         torch, transformers and all optional packages are imported in processes of their own: one
-        that raises, ends its process or hangs is part of the report. The first call on a machine
-        measures backends and keeps their verdicts on disk; later ones take a few seconds.
+        that raises, ends its process or hangs is part of the report. Backends are measured in the
+        order of need, and their verdicts kept on disk: a later call takes a few seconds, and goes
+        on where this one stopped.
     """
     if not limit_s > 0:
         raise ValueError(f"limit_s must be a positive number of seconds, got {limit_s!r}")
-    say = on_progress or (lambda stage: None)
-    say("importing torch and transformers")
+    if seconds is not None and not seconds >= 0:
+        raise ValueError(f"seconds must be 0 or more, or None, got {seconds!r}")
+    tell = on_progress or (lambda *_: None)
+    tell("importing torch and transformers", 0, 0)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        asked_driver = pool.submit(nvidia_driver)
-        asked_torch = pool.submit(_ask_torch, limit_s)
-        asked_llama = pool.submit(_ask_package, "transformers", _LLAMA, limit_s)
-        asked = [pool.submit(_ask_package, *package, limit_s) for package in PACKAGES.items()]
-        driver, driver_gpus = asked_driver.result()
-        torch, gpus = asked_torch.result()
-        transformers = _with_era(asked_llama.result())
-        packages = tuple(future.result() for future in asked)
+        try:
+            asked_driver = pool.submit(nvidia_driver)
+            asked_torch = pool.submit(_ask_torch, limit_s)
+            asked_llama = pool.submit(_ask_package, "transformers", _LLAMA, limit_s)
+            asked = [pool.submit(_ask_package, *package, limit_s) for package in PACKAGES.items()]
+            driver, driver_gpus = asked_driver.result()
+            torch, gpus = asked_torch.result()
+            transformers = _with_era(asked_llama.result())
+            packages = tuple(future.result() for future in asked)
+        except KeyboardInterrupt:
+            # Threads wait for processes that an interrupt does not reach.
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
+            raise
     usable = [gpu for gpu in gpus if gpu.fault is None]
     device = f"cuda:{usable[0].index}" if usable else "cpu"
     if usable:
-        say("trying Triton")
+        tell("trying Triton", 0, 0)
         packages = tuple(
             _try_triton(package, usable[0].index, limit_s) if package.name == "triton" else package
             for package in packages
         )
-    say("measuring attention backends")
-    backends, choices, fault = _ask_backends(torch, device, packages, limit_s)
+    dtype = usual_dtype(device, usable[0].capability if usable else None)
+    backends: tuple[Backend, ...] = ()
+    choices: tuple[Choice, ...] = ()
+    fault, is_interrupted = "torch does not import" if torch.fault else None, False
+    if not torch.fault:
+        tell("asking attention backends", 0, 0)
+        try:
+            backends, choices, is_interrupted = ask_backends(
+                device, dtype, packages, limit_s, seconds=seconds, on_progress=tell
+            )
+        except NoAnswerError as error:
+            fault = str(error)
+        if is_interrupted and not backends:
+            fault = "interrupted before any of them was asked"
     found = Diagnosis(
         padless=padless.__version__,
         python=platform.python_version(),
@@ -118,19 +149,10 @@ def doctor(*, limit_s: float = 60.0, on_progress: Callable[[str], None] | None =
         choices=choices,
         variables=_variables(),
         cache=_cache(),
+        usual_dtype=dtype,
+        is_interrupted=is_interrupted,
     )
     return replace(found, warnings=find_warnings(found), next_step=find_next_step(found))
-
-
-def _ask_backends(
-    torch: Torch, device: str, packages: tuple[Package, ...], limit_s: float
-) -> tuple[tuple[Backend, ...], tuple[Choice, ...], str | None]:
-    if torch.fault:
-        return (), (), "torch does not import"
-    try:
-        return *ask_backends(device, packages, limit_s), None
-    except NoAnswerError as error:
-        return (), (), str(error)
 
 
 def _ask_torch(limit_s: float) -> tuple[Torch, tuple[Gpu, ...]]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from packaging.version import Version
+
+from padless.diagnosis.need import Usual, most_needed
 from padless.diagnosis.report import Diagnosis, Package
 
 _CLEAN = "--force-reinstall --no-deps --no-cache-dir"
 _FA4_GPUS = ("9.", "10.")
+# Its `flash_attn/cute/cache_utils.py` reads the variable when it is imported; off by default.
+_FA4_CACHE = Version("4.0.0b36")
+_FA4_CACHE_VARIABLE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 # torch's own varlen kernel.
 _VARLEN_TORCH = (2, 2)
 
@@ -53,6 +59,8 @@ def find_next_step(found: Diagnosis) -> str:
         or _reach_the_gpu(found)
         or _mend_packages(found)
         or _add_a_faster_kernel(found)
+        or _measure_the_rest(found)
+        or _keep_compiled_kernels(found)
         or _try_it(found)
     )
 
@@ -63,7 +71,7 @@ def _mend_torch(found: Diagnosis) -> str | None:
         return "install torch: `pip install torch`"
     if torch.fault:
         return f"reinstall torch, which does not import: `pip install {_CLEAN} torch`"
-    if not found.ok:
+    if not found.ok and not found.is_interrupted:
         return f"reinstall padless and torch: no backend could be asked ({found.backends_fault})"
     return None
 
@@ -183,6 +191,35 @@ def _add_a_faster_kernel(found: Diagnosis) -> str | None:
             "kernel, and makes a padded batch flat in two"
         )
     return None
+
+
+def _measure_the_rest(found: Diagnosis) -> str | None:
+    if found.is_interrupted:
+        return "run `padless doctor` again: it goes on where this one was interrupted"
+    needed = most_needed(found.usual_dtype)
+    for choice in found.choices:
+        usual = Usual(choice.shape, choice.dtype, choice.training)
+        if usual in needed and choice.unmeasured:
+            return (
+                f"run `padless doctor --all`, which measures what was left open: auto would ask "
+                f"{' and '.join(choice.unmeasured)} first for {usual}, and nobody has measured "
+                "that yet"
+            )
+    return None
+
+
+def _keep_compiled_kernels(found: Diagnosis) -> str | None:
+    version = next((p.version for p in found.packages if p.name == "flash-attn-4"), None)
+    serves = any(c.backend == "fa4" and c.dtype == found.usual_dtype for c in found.choices)
+    if not serves or version is None or Version(version) < _FA4_CACHE:
+        return None
+    if found.variables.get(_FA4_CACHE_VARIABLE) == "1":
+        return None
+    return (
+        f"set {_FA4_CACHE_VARIABLE}=1, so that FlashAttention-4 keeps its compiled kernels on disk "
+        "(in the folder FLASH_ATTENTION_CUTE_DSL_CACHE_DIR): without it every process compiles "
+        "them again"
+    )
 
 
 def _try_it(found: Diagnosis) -> str:

@@ -25,6 +25,7 @@ _logger = logging.getLogger("padless")
 _lock = threading.RLock()
 _verdicts: dict[tuple[str, str], Verdict] = {}
 _read: set[str] = set()
+_WITH_GRADIENTS = "with gradients"
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,46 @@ def qualify(backend: ModuleType, request: AttentionRequest) -> Verdict:
 
 def known_verdict(backend: ModuleType, request: AttentionRequest) -> Verdict | None:
     """Recalls what was measured in this process or an earlier one; None if nothing was."""
-    machine = describe_machine(request.device)
-    if machine not in _read:
-        for family, record in read_records(machine).items():
-            verdict = _from_record(record)
-            if verdict is not None:
-                _verdicts.setdefault((machine, family), verdict)
-        _read.add(machine)
+    machine = _recalled(request.device)
     return _verdicts.get((machine, _family(backend, request)))
+
+
+def expected_ms(backend: ModuleType, request: AttentionRequest) -> float:
+    """Expects how long a measurement takes: as long as the longest of this backend until now.
+
+    Args:
+        backend: an adapter.
+        request: of a family; those with gradients are compared with each other, and so are those
+            without, as far as one of either has been measured.
+
+    Returns:
+        Milliseconds; 0 if nothing of this backend has been measured on this machine.
+    """
+    machine = _recalled(request.device)
+    own = f"{backend.NAME} {backend.version()}, "
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for (measured_on, family), verdict in _verdicts.items():
+        if measured_on == machine and family.startswith(own):
+            found[_WITH_GRADIENTS in family.split(", ")].append(verdict.elapsed_ms)
+    return max(found[request.needs_grad] or found[not request.needs_grad], default=0.0)
 
 
 def forget_verdicts() -> None:
     """Forgets every verdict of this process; the next question reads those on disk again."""
     _verdicts.clear()
     _read.clear()
+
+
+def _recalled(device: torch.device) -> str:
+    """Describes the machine, whose verdicts on disk are read by then."""
+    machine = describe_machine(device)
+    if machine not in _read:
+        for family, record in read_records(machine).items():
+            verdict = _from_record(record)
+            if verdict is not None:
+                _verdicts.setdefault((machine, family), verdict)
+        _read.add(machine)
+    return machine
 
 
 def _family(backend: ModuleType, request: AttentionRequest) -> str:
@@ -101,7 +128,7 @@ def _family(backend: ModuleType, request: AttentionRequest) -> str:
         f"heads {num_heads}/{num_kv_heads}",
         "causal" if request.causal else "not causal",
         f"window {left}/{right}",
-        "with gradients" if request.needs_grad else "forward",
+        _WITH_GRADIENTS if request.needs_grad else "forward",
     ]
     if request.deterministic:
         parts.append("deterministic")
