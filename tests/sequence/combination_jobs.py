@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import padless
 from golden.models import build_model
+from padless.parallel import Shard
 from sequence.attention_jobs import mesh
-from sequence.model_jobs import Step, average, model_of, step_of
+from sequence.model_jobs import Step, average, model_of, own_loss, step_of
 
 Batch = dict[str, Any]
 
@@ -148,6 +150,43 @@ def _shard_weights(model: Any, grid: Any, *, over_both: bool) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=over)
     fully_shard(model, mesh=over)
+
+
+def fsdp_step(
+    algorithm: str, when: str, batch: Batch, options: dict[str, Any], own: bool
+) -> dict[str, Any]:
+    """A step under FSDP2 over all ranks, how often tokens were collected, and the logits then.
+
+    Args:
+        algorithm: of the patch.
+        when: whether the patch comes "before" FSDP2 or "after" it.
+        batch: of every rank.
+        options: of FSDP2.
+        own: whether the loss is one of the caller's, made of logits.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options = {"mesh": mesh(), "mp_policy": MixedPrecisionPolicy(**options)}
+    model = model_of()
+    for turn in ("before", "fsdp", "after"):
+        if turn == when:
+            padless.patch(model, sequence_mesh=mesh(), sequence_parallel=algorithm)
+        elif turn == "fsdp":
+            for layer in model.model.layers:
+                fully_shard(layer, **options)
+            fully_shard(model, **options)
+    with mock.patch.object(Shard, "gather", autospec=True, side_effect=Shard.gather) as gather:
+        out = model(**batch, return_dict=True)
+        silent = gather.call_count
+        (own_loss(out.logits, batch) if own else out.loss).backward()
+        logits = out.logits.detach()
+        read = gather.call_count
+    grads: Any = {name: weight.grad for name, weight in model.named_parameters()}
+    gradients = {name: grad.full_tensor() for name, grad in grads.items()}
+    left = len(model._forward_hooks)
+    found = {"collected": (silent, read), "hooks": left, "logits": logits, "gradients": gradients}
+    # One that FSDP2 may have made another dtype.
+    return found if own else {**found, "loss": out.loss.detach().float()}
 
 
 def generated(algorithm: str, when: str, batch: Batch, options: dict[str, Any]) -> Any:

@@ -6,9 +6,11 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
 from golden.steps import IGNORED
 from sequence.combination_jobs import alone
+from sequence.model_jobs import model_of, own_loss
 from sequence.pool import pool
 from sequence.test_sequence_patch import BATCHES, _assert_same, _one_process
 
@@ -59,6 +61,34 @@ def test_weights_sharded_over_data_alone(wrapper: str, algorithm: str) -> None:
     expected = {name: (steps[0][name] + steps[1][name]) / 2 for name in steps[0]}
     for each in pool(4).run(JOBS + "wrapped", algorithm, batches, wrapper, None):
         _assert_same({"gradients": each}, {"gradients": expected})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "when", "options"),
+    [
+        ("ulysses", "before", {}),
+        ("ring", "after", {}),
+        ("ring", "before", {"output_dtype": torch.float64}),
+    ],
+)
+def test_fsdp_does_not_collect_logits_that_nobody_reads(
+    algorithm: str, when: str, options: dict[str, Any]
+) -> None:
+    batch = BATCHES["left"]
+    expected = _one_process(batch)
+    for each in pool(2).run(JOBS + "fsdp_step", algorithm, when, batch, options, False):
+        assert (each["collected"], each["hooks"]) == ((0, 1), 1)
+        _assert_same(each, expected)
+
+
+def test_fsdp_goes_back_from_logits_that_are_read() -> None:
+    batch = BATCHES["left"]
+    model = model_of()
+    own_loss(model(**batch).logits, batch).backward()
+    expected = {"gradients": {n: p.grad for n, p in model.named_parameters()}}
+    for each in pool(2).run(JOBS + "fsdp_step", "ulysses", "after", batch, {}, True):
+        assert each["collected"] == (0, 1)
+        _assert_same({"gradients": each["gradients"]}, expected, 1e-12)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp both"])
