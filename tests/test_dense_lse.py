@@ -49,7 +49,7 @@ def _assert_near(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> No
     )
 
 
-def _check(case: Case, dtype: torch.dtype, on: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+def check(case: Case, dtype: torch.dtype, on: Callable[[Tensor], Tensor] = lambda x: x) -> None:
     """Compares out and lse, and gradients for the call alone and as a share of more keys."""
     layouts = _layouts(case)
     options = {"causal": case.causal, "softmax_scale": case.scale}
@@ -83,7 +83,7 @@ def _check(case: Case, dtype: torch.dtype, on: Callable[[Tensor], Tensor] = lamb
 @pytest.mark.parametrize("case", [c for c in CASES if _is_served(c)], ids=str)
 def test_out_lse_and_gradients_are_those_of_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert sdpa.reject_lse(_request(case, dtype), *_layouts(case)) is None
-    _check(case, dtype)
+    check(case, dtype)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not _is_served(c)], ids=str)
@@ -146,7 +146,7 @@ def test_batches_end_where_the_grid_does(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(dense_lse, "_MOST_SEQUENCES", 2)
     layout = VarlenLayout.from_lengths([3] * 5)
     assert [part.shape[0] for part in dense_lse._parts(layout, layout)] == [2, 2, 1]
-    _check(Case("chunks", (3,) * 5), torch.float64)
+    check(Case("chunks", (3,) * 5), torch.float64)
 
 
 class OnCuda(Tensor):
@@ -207,7 +207,7 @@ def test_what_cuda_is_asked(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
     def on_cuda(x: Tensor) -> Tensor:
         return x.as_subclass(OnCuda)
 
-    _check(case, torch.float32, on_cuda)
+    check(case, torch.float32, on_cuda)
 
 
 @pytest.mark.parametrize(
@@ -235,76 +235,3 @@ def test_what_cuda_is_not_asked(
     made = {"device": torch.device("cuda", 0), "needs_grad": True, **other}
     found = sdpa.reject_lse(_request(case, torch.float32, made), *_layouts(case))
     assert (found is None) if reason is None else (reason in str(found))
-
-
-def _without_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = dense_lse._forward
-    monkeypatch.setattr(
-        dense_lse, "_forward", lambda q, k, v, causal, scale: inner(q, k, v, causal, 1.0)
-    )
-
-
-def _in_base_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = dense_lse._forward
-
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        out, lse = inner(*arguments)
-        return out, lse / 0.6931471805599453
-
-    monkeypatch.setattr(dense_lse, "_forward", forward)
-
-
-def _lse_of_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = dense_lse._backward
-
-    def backward(inputs: Any, own: Any, lse: Tensor, *rest: Any) -> Any:
-        return inner(inputs, own, dense_lse._forward(*inputs, *rest)[1].contiguous(), *rest)
-
-    monkeypatch.setattr(dense_lse, "_backward", backward)
-
-
-def _out_of_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = dense_lse._backward
-
-    def backward(inputs: Any, own: Any, lse: Tensor, *rest: Any) -> Any:
-        return inner(inputs, (dense_lse._forward(*inputs, *rest)[0], own[1]), lse, *rest)
-
-    monkeypatch.setattr(dense_lse, "_backward", backward)
-
-
-def _groups_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = dense_lse._Part.take
-
-    def take(self: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = inner(self, *inputs)
-        return q, k.flip(1), v.flip(1)
-
-    monkeypatch.setattr(dense_lse._Part, "take", take)
-
-
-def _causal_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = dense_lse._forward
-    monkeypatch.setattr(
-        dense_lse, "_forward", lambda q, k, v, causal, scale: inner(q, k, v, False, scale)
-    )
-
-
-@pytest.mark.parametrize(
-    "plant",
-    [
-        _without_the_scale,
-        _in_base_two,
-        _lse_of_the_part,
-        _out_of_the_part,
-        _groups_swapped,
-        _causal_forgotten,
-    ],
-)
-def test_faults_are_seen(
-    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = Case("ragged_gqa", (5, 1, 0, 17, 33))
-    _check(case, torch.float32)
-    plant(monkeypatch)
-    with pytest.raises(AssertionError):
-        _check(case, torch.float32)
