@@ -73,8 +73,8 @@ def plan_call(
             asked = replace(request, head_dim=selection.head_dim)
         pieces, reason = _cut(chosen, asked, (layout_q, layout_k))
         plan = Plan(chosen, selection.head_dim, pieces, selection)
-        if not reason and needs_lse and not gives_lse(plan):
-            reason = "gives no logarithms of its sums in one call"
+        if not reason and needs_lse:
+            reason = reject_lse(plan, asked) or ""
         if not reason:
             return plan
         if backend != "auto":
@@ -161,17 +161,21 @@ def saves_lse(plan: Plan) -> bool:
     return ask is not None and len(plan.pieces) == 1 and ask()
 
 
-def gives_lse(plan: Plan) -> bool:
-    """Whether `run_with_lse` and `gradients` can be called, for a kernel or the formula."""
+def reject_lse(plan: Plan, request: AttentionRequest) -> str | None:
+    """Says why `run_with_lse` and `gradients` cannot be called; None if they can."""
     is_kernel = hasattr(plan.backend, "saves_lse")
     has_both = hasattr(plan.backend, "varlen_with_lse") and len(plan.pieces) == 1
-    return saves_lse(plan) if is_kernel else has_both
+    if not (saves_lse(plan) if is_kernel else has_both):
+        return "gives no logarithms of its sums in one call"
+    ask: Callable[..., str | None] | None = getattr(plan.backend, "reject_lse", None)
+    reason = None if ask is None else ask(request, *plan.pieces[0])
+    return f"logarithms of its sums: {reason}" if reason else None
 
 
 def run_with_lse(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Attends by a plan that `gives_lse`; gives the natural logarithms of the sums too.
+    """Attends by a plan made for it; gives the natural logarithms of the sums too.
 
     Returns:
         `(total_q, num_heads, head_dim)`, and float32 or float64 `(num_heads, total_q)`.

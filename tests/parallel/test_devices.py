@@ -1,4 +1,4 @@
-"""accelerate's hooks: layers on devices of their own, weights that come from the CPU or a disk."""
+"""`device_map` and its hooks: layers on devices of their own, weights from the CPU or a disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import padless
 from golden.models import LAYERS, batch, build_model, judge, truth_logits
@@ -72,3 +73,26 @@ def test_forward_of_an_offloaded_model(kind: str, when: str, tmp_path: Path) -> 
     report = handle.report()
     assert (report.forwards, report.stock, len(report.layers)) == (1, {}, LAYERS)
     judge("logits", got[real], stock[real], truth_logits(plain, ids, real)[real])
+
+
+@pytest.mark.parametrize("kind", ["left", "none"])
+@torch.no_grad()
+def test_device_map_over_the_cpu_and_a_disk(kind: str, tmp_path: Path) -> None:
+    plain = build_model()
+    plain.save_pretrained(tmp_path / "model")
+    spread = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    spread |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=spread, offload_folder=str(tmp_path / "weights")
+    ).eval()
+    devices = [layer.self_attn.q_proj.weight.device.type for layer in model.model.layers]
+    assert devices == ["cpu", "meta"]
+    ids, real = batch(kind)
+    given = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}
+    stock = model(**given).logits
+    with padless.patch(model) as handle:
+        got = model(**given).logits
+        report = handle.report()
+    assert (report.forwards, report.stock, len(report.layers)) == (1, {}, LAYERS)
+    judge("logits", got[real], stock[real], truth_logits(plain, ids, real)[real])
+    assert torch.equal(model(**given).logits, stock)

@@ -50,6 +50,12 @@ def test_training_is_that_of_one_process(groups: Groups, collator: str, accumula
     assert seen == sorted(list(range(SAMPLES)) * EPOCHS)
 
 
+def test_training_under_fsdp_is_that_of_one_process(groups: Groups) -> None:
+    options: dict[str, Any] = {"collator": "packing", "name": "fsdp", "fsdp": True}
+    for weights, _ in groups[2].run(CASES, "train", limit_s=90, **options):
+        _assert_same_training(weights, train_alone(2))
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_training_resumes_in_the_middle_of_an_epoch(groups: Groups, epoch: int) -> None:
     options: dict[str, Any] = {"collator": "packing", "name": f"resume-{epoch}"}

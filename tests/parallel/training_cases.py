@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -14,6 +19,11 @@ from golden.models import VOCAB, build_model
 from golden.steps import IGNORED
 from parallel.group import Place
 
+FSDP2 = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+}
 SAMPLES, MAX_TOKENS, LEARNING_RATE, EPOCHS = 23, 30, 0.01, 2
 
 
@@ -65,6 +75,7 @@ def train(
     accumulate: int = 1,
     resume: int | None = None,
     global_count: bool = True,
+    fsdp: bool = False,
 ) -> tuple[dict[str, Tensor], list[list[int]]]:
     """Trains a patched model by `Trainer`.
 
@@ -75,12 +86,13 @@ def train(
         accumulate: batches of a step.
         resume: the step whose checkpoint it goes on from.
         global_count: whether the loss is normalised over the labels of all ranks.
+        fsdp: whether accelerate shards the weights by FSDP2.
 
     Returns:
         The weights, and the numbers of the examples in each batch of this rank.
     """
     model = build_model().train()
-    padless.patch(model)
+    handle = padless.patch(model)
     batches: list[list[int]] = []
     collate = padless.PackingCollator() if collator == "packing" else padless.PaddingCollator(0)
 
@@ -89,20 +101,44 @@ def train(
         return collate(rows)
 
     folder = place.folder / name
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    sharding: dict[str, Any] = {"save_strategy": "no", "fsdp": True, "fsdp_config": FSDP2}
     arguments = TrainingArguments(
         output_dir=str(folder), use_cpu=True, num_train_epochs=EPOCHS, learning_rate=LEARNING_RATE,
         optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[], seed=0,
-        save_strategy="steps", save_steps=1, disable_tqdm=True, logging_strategy="no",
+        disable_tqdm=True, logging_strategy="no",
         per_device_train_batch_size=1, gradient_accumulation_steps=accumulate,
         remove_unused_columns=False, average_tokens_across_devices=global_count,
+        **(sharding if fsdp else saving),
     )  # fmt: skip
-    trainer = BalancedTrainer(
-        model=model, args=arguments, train_dataset=examples(), data_collator=record
-    )
-    trainer.train(
-        resume_from_checkpoint=None if resume is None else str(folder / f"checkpoint-{resume}")
-    )
-    return {n: w.detach().clone() for n, w in model.named_parameters()}, batches
+    with _fsdp_without_a_gpu(arguments) if fsdp else contextlib.nullcontext():
+        trainer = BalancedTrainer(
+            model=model, args=arguments, train_dataset=examples(), data_collator=record
+        )
+        trainer.train(
+            resume_from_checkpoint=None if resume is None else str(folder / f"checkpoint-{resume}")
+        )
+    assert handle.report().forwards and not handle.report().stock
+    weights = {n: w.detach() for n, w in model.named_parameters()}
+    assert any(isinstance(w, DTensor) for w in weights.values()) == fsdp
+    return {n: _whole(w).clone() for n, w in weights.items()}, batches
+
+
+@contextlib.contextmanager
+def _fsdp_without_a_gpu(arguments: TrainingArguments) -> Iterator[None]:
+    """Lets accelerate use FSDP, which it does in a group of GPUs alone; the rest is as there."""
+    state = arguments.distributed_state
+    AcceleratorState._reset_state()
+    before, state.distributed_type = state.distributed_type, DistributedType.MULTI_GPU
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+        state.distributed_type = before
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def train_alone(size: int, accumulate: int = 1) -> dict[str, Tensor]:

@@ -35,6 +35,14 @@ def step_of(model: Any, batch: dict[str, Tensor], *, reads_logits: bool) -> Step
     return found
 
 
+def average(found: Step) -> Step:
+    """Averages gradients over all ranks, in place."""
+    for gradient in found["gradients"].values():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return found
+
+
 def step(
     algorithm: str,
     batch: dict[str, Tensor],
@@ -48,10 +56,7 @@ def step(
         model.gradient_checkpointing_enable({"use_reentrant": checkpoints})
         model.enable_input_require_grads()
     handle = padless.patch(model, sequence_mesh=mesh(), sequence_parallel=algorithm)
-    found = step_of(model, batch, reads_logits=reads_logits)
-    for gradient in found["gradients"].values():
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
+    found = average(step_of(model, batch, reads_logits=reads_logits))
     report = handle.report()
     found |= {"computed": report.computed_tokens, "stock": report.stock, "whole": report.whole}
     found |= {"skipped": report.skipped_tokens, "shared": report.sequence_parallel}
@@ -65,11 +70,7 @@ def mean_of_logits(algorithm: str, batch: dict[str, Tensor]) -> Step:
     padless.patch(model, sequence_mesh=mesh(), sequence_parallel=algorithm)
     out = model(**batch, return_dict=True)
     own_loss(out.logits, batch).backward()
-    found = {n: p.grad for n, p in model.named_parameters()}
-    for gradient in found.values():
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return {"gradients": found}
+    return average({"gradients": {n: p.grad for n, p in model.named_parameters()}})
 
 
 def own_loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:

@@ -76,7 +76,8 @@ def test_step_is_that_of_one_process(size: int, algorithm: str, batch: dict[str,
         assert not each["stock"] and not each["whole"]
         assert each["shared"] == f"{algorithm} over {size} ranks"
         assert each["skipped"] == batch["input_ids"].numel() - _real(batch)
-        assert all(layer for layer in each["backends"]) and len(each["backends"]) == 2
+        # The formula, whose memory is the square of the lengths, is not needed for either.
+        assert [set(layer) for layer in each["backends"]] == [{"sdpa"}] * 2
     # Every rank has the same share of the tokens, and all shares are the batch.
     computed = [each["computed"] for each in found]
     assert max(computed) - min(computed) <= 1 and sum(computed) == max(_real(batch), size)

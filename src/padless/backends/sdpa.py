@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from padless.backends.dense_batches import dense_batches
+from padless.backends.dense_lse import gradients as gradients
+from padless.backends.dense_lse import reject_lse as reject_lse
+from padless.backends.dense_lse import varlen_with_lse as varlen_with_lse
 from padless.backends.limits import in_reach
 from padless.backends.request import AttentionRequest, Window
 from padless.backends.rows import CachedRows

@@ -130,7 +130,7 @@ def ring_attention(
         softmax_scale: factor of the scores, default `head_dim ** -0.5`.
         deterministic: as `varlen_attention`.
         backend: "auto", or the name of one that gives the logarithms of its sums: fa4,
-            torch_varlen, reference.
+            torch_varlen, sdpa, reference.
         shard: of this layout and mesh, to make it once for many layers.
 
     Returns:

@@ -15,7 +15,7 @@ from padless.unpadded.batch import ARGUMENT, FlatBatch, Passed
 from padless.unpadded.call import PACKING, PER_TOKEN, flatten_call, leave_to_stock
 from padless.unpadded.kept import KeptKeys
 from padless.unpadded.ledger import Ledger
-from padless.unpadded.outputs import pad_outputs
+from padless.unpadded.outputs import is_read_on_return, pad_on_return, pad_outputs
 from padless.unpadded.prompts import RIGHT_PADDING
 from padless.unpadded.seams import batch_arguments
 from padless.unpadded.session import current_session
@@ -121,7 +121,7 @@ def causal_lm_forward(
         as_tuple = _wants_tuple(self.config, arguments)
         found.kept = _put_off(arguments, era)
         arguments.update(attention_mask=found, return_dict=True)
-        outputs = _finish(inner_of(self)(**arguments), found)
+        outputs = _finish(inner_of(self)(**arguments), found, None if as_tuple else self)
         ledger.count(found)
         return outputs.to_tuple() if as_tuple else outputs
 
@@ -136,11 +136,15 @@ def _put_off(arguments: dict[str, Any], era: Era) -> KeptKeys | None:
     return KeptKeys()
 
 
-def _put_together(outputs: Any, batch: FlatBatch) -> Any:
-    if batch.shard is None:
-        return pad_outputs(outputs, batch.layout, kept=batch.kept)
-    gather_loss(outputs, batch.shard)
-    return pad_outputs(outputs, batch.layout, gathered(batch.shard, batch.layout))
+def _put_together(outputs: Any, batch: FlatBatch, module: nn.Module | None = None) -> Any:
+    gather = None
+    if batch.shard is not None:
+        gather_loss(outputs, batch.shard)
+        gather = gathered(batch.shard, batch.layout)
+    if module is not None and is_read_on_return(module):
+        pad_on_return(module, batch.layout, gather, batch.kept)
+        return outputs
+    return pad_outputs(outputs, batch.layout, gather, batch.kept)
 
 
 # What torch.compile has to leave alone: it waits for the device, and each batch is another.

@@ -29,6 +29,8 @@ from padless.unpadded.instance import (
     home_of,
     inner_of_instance,
     ledger_of_instance,
+    refuse_other_attention,
+    refuse_other_model,
     slot_of,
     wrapper_of_instance,
 )
@@ -42,10 +44,8 @@ from padless.unpadded.sharding import SequenceParallel
 _logger = logging.getLogger("padless")
 _process_handle: PatchHandle | None = None
 
-# Where forwards of a language modelling head are from that keep their meaning on a flat batch, and
-# forwards of attention layers that compute what ours do.
+# Where forwards of a language modelling head are from that keep their meaning on a flat batch.
 _KNOWN = ("transformers.", "liger_kernel.")
-_KNOWN_ATTENTION = ("transformers.", "padless.")
 
 AnyChange = Change | Hook | Rebound
 Forward = Callable[..., Any]
@@ -90,9 +90,9 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     era = installed_era()
-    sequence = None
-    if sequence_mesh is not None:
-        sequence = SequenceParallel.of(model, sequence_mesh, sequence_parallel)
+    sequence = SequenceParallel.of(sequence_mesh, sequence_parallel)
+    if sequence is not None:
+        sequence.choose_all(model)
     ledger = Ledger(backend, sequence=sequence)
     changes = _plan_instance(model, ledger, era)
 
@@ -104,28 +104,38 @@ def patch(
     return _handle(changes, era)
 
 
-def patch_llama(*, backend: str = "auto") -> PatchHandle:
+def patch_llama(
+    *, backend: str = "auto", sequence_mesh: Any = None, sequence_parallel: str = "auto"
+) -> PatchHandle:
     """Does what `patch` does for every LLaMA of this process, built before or after.
 
     Args:
         backend: of `varlen_attention`, which is used or raises; "auto" takes the best.
+        sequence_mesh: as `patch` has it, for every LLaMA. One that cannot be shared out is refused
+            when it is called.
+        sequence_parallel: as `patch` has it; "auto" looks at each model's heads.
 
     Returns:
         A handle as `patch` returns it. A second call changes nothing, says so, and returns the
         first one's.
 
     Raises:
-        ValueError: no backend has this name.
+        TypeError, ValueError, RuntimeError: as `patch`.
         UnsupportedError: transformers is missing or too old.
-        EngagementError: as `patch`.
+        EngagementError: as `patch`; or a second call has a sequence_mesh.
     """
     global _process_handle
     _check_backend(backend)
     if _process_handle is not None:
+        if sequence_mesh is not None:
+            raise EngagementError(
+                "sequence_mesh must come with the first patch_llama(), and every LLaMA of this "
+                "process is patched already; undo() its handle"
+            )
         _logger.warning("every LLaMA is patched already; nothing changed")
         return _process_handle
     era = installed_era()
-    ledger = Ledger(backend)
+    ledger = Ledger(backend, sequence=SequenceParallel.of(sequence_mesh, sequence_parallel))
     changes = plan_process(ledger, era)
 
     def engage(tiny: Any) -> Callable[[], None]:
@@ -213,10 +223,10 @@ def _plan_instance(model: nn.Module, ledger: Ledger, era: Era) -> list[AnyChange
                 f"model must not be patched already, and its {where} is; undo() the first handle"
             )
         if isinstance(module, llama.LlamaAttention):
-            _refuse_other_attention(module, where)
+            refuse_other_attention(module, where)
             make: Maker = functools.partial(layer_forward, inner_of)
         elif isinstance(module, llama.LlamaModel):
-            _refuse_other_model(module, llama, era)
+            refuse_other_model(module, llama, era)
             inner = functools.partial(_inner_model, era, ledger.number)
             make = functools.partial(model_forward, inner, ledger_of)
             changes.extend(mask_changes(module, where, era))
@@ -278,25 +288,3 @@ def _inner_model(era: Era, number: int, module: nn.Module) -> Forward:
     if era.mask_made_by == "functions" and isinstance(inner, MethodType):
         return MethodType(through(era, inner.__func__), module)
     return inner
-
-
-def _refuse_other_model(module: nn.Module, llama: Any, era: Era) -> None:
-    own = function_of(vars(module).get(slot_of(module), ABSENT)) or type(module).forward
-    if era.mask_made_by == "functions" and own is not type(module).forward:
-        raise UnsupportedError(
-            f"model must hold LlamaModel's own forward on transformers 4.35 to 4.37, got one from "
-            f"{home_of(module) or 'nowhere'} around it; patch first, and wrap then"
-        )
-    if type(module).forward is not llama.LlamaModel.forward:
-        raise UnsupportedError(
-            f"model must be a LLaMA with LlamaModel's own forward, got {type(module).__name__}"
-        )
-
-
-def _refuse_other_attention(module: nn.Module, where: str) -> None:
-    if not home_of(module).startswith(_KNOWN_ATTENTION):
-        raise UnsupportedError(
-            f"model must attend by transformers' own forwards, and {where} "
-            f"({type(module).__name__}) has one from {home_of(module) or 'nowhere'}, "
-            f"which may compute something else"
-        )

@@ -156,7 +156,7 @@ class PatchHandle:
             skipped_tokens=ledger.batch_tokens - ledger.computed_tokens,
             host_syncs=ledger.host_syncs,
             stock=dict(ledger.stock),
-            sequence_parallel=_name_of(ledger),
+            sequence_parallel=str(ledger.sequence) if ledger.sequence is not None else None,
             whole=dict(ledger.whole),
             generations=ledger.generations,
             decoding_steps=ledger.decoding_steps,
@@ -176,10 +176,3 @@ class PatchHandle:
         traceback: TracebackType | None,
     ) -> None:
         self.undo()
-
-
-def _name_of(ledger: Ledger) -> str | None:
-    sequence = ledger.sequence
-    if sequence is None:
-        return None
-    return f"{sequence.algorithm} over {sequence.group.size} ranks"

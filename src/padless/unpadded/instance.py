@@ -15,7 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from padless.errors import UnsupportedError
 from padless.hf.changes import ABSENT, Change
+from padless.hf.eras import Era
 from padless.unpadded.ledger import Ledger
 
 Forward = Callable[..., Any]
@@ -34,6 +36,8 @@ WRAPPER = "_padless_wrapper"
 # mixed precision is autocast around the forward, and outputs in float32 behind it.
 _WRAPPERS = ("accelerate.utils.operations", "torch.amp.autocast_mode")
 _MEANING_KEPT = ("transformers.", *_WRAPPERS)
+# Where forwards of attention layers are from that compute what ours do.
+_KNOWN_ATTENTION = ("transformers.", "padless.")
 
 
 @dataclass(frozen=True)
@@ -211,3 +215,27 @@ def ledger_of_instance(number: int, module: nn.Module) -> Ledger | None:
     """Finds where a patch of a module counts; None if it is not in force any more."""
     found = vars(module).get(LEDGER)
     return found if found is not None and found.number == number else None
+
+
+def refuse_other_model(module: nn.Module, llama: Any, era: Era) -> None:
+    """Raises UnsupportedError if a model's forward is not LlamaModel's own."""
+    own = function_of(vars(module).get(slot_of(module), ABSENT)) or type(module).forward
+    if era.mask_made_by == "functions" and own is not type(module).forward:
+        raise UnsupportedError(
+            f"model must hold LlamaModel's own forward on transformers 4.35 to 4.37, got one from "
+            f"{home_of(module) or 'nowhere'} around it; patch first, and wrap then"
+        )
+    if type(module).forward is not llama.LlamaModel.forward:
+        raise UnsupportedError(
+            f"model must be a LLaMA with LlamaModel's own forward, got {type(module).__name__}"
+        )
+
+
+def refuse_other_attention(module: nn.Module, where: str) -> None:
+    """Raises UnsupportedError if a layer's forward may compute something else than ours."""
+    if not home_of(module).startswith(_KNOWN_ATTENTION):
+        raise UnsupportedError(
+            f"model must attend by transformers' own forwards, and {where} "
+            f"({type(module).__name__}) has one from {home_of(module) or 'nowhere'}, "
+            f"which may compute something else"
+        )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from padless.layout import VarlenLayout
 from padless.unpadded.kept import KeptKeys
@@ -58,6 +59,47 @@ def pad_outputs(
         outputs.__dict__["_padless_pending"] = pending
         outputs.__class__ = lazy
     return outputs
+
+
+# Modules in the middle of a call, with the hook that will pad what it returns.
+_waiting: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def is_read_on_return(module: nn.Module) -> bool:
+    """Whether FSDP2's hook reads all that a module returns, and no hook of somebody else's does."""
+    if not any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        return False
+    if module in _waiting:
+        # Of a call that has failed in a hook.
+        _waiting.pop(module).remove()
+    hooks = list(module._forward_hooks.values())
+    return [getattr(hook, "__name__", "") for hook in hooks] == ["_post_forward"]
+
+
+def pad_on_return(
+    module: nn.Module,
+    layout: VarlenLayout,
+    gather: Callable[[Tensor], Tensor] | None = None,
+    kept: KeptKeys | None = None,
+) -> None:
+    """Does what `pad_outputs` does once FSDP2's hook has seen a module's flat outputs.
+
+    It hangs on to their tensors, or returns others: what is padded, or collected from other ranks,
+    is what it leaves. Else it would be the reader for whom logits are padded.
+
+    Args:
+        module: whose forward is running, called as a module.
+        layout: of the batch.
+        gather: as `pad_outputs` has it.
+        kept: likewise.
+    """
+
+    def pad(module: nn.Module, args: Any, outputs: Any) -> Any:
+        _waiting.pop(module).remove()
+        return pad_outputs(outputs, layout, gather, kept)
+
+    # Hooks are looked up behind the forward, and the last one is the last to run.
+    _waiting[module] = module.register_forward_hook(pad)
 
 
 def _pad(flat: Tensor, layout: VarlenLayout) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,43 +33,79 @@ class SequenceParallel:
 
     Attributes:
         group: the ranks.
-        algorithm: "ulysses" or "ring".
-        is_checked: whether the ranks have been seen to be given the same batch.
+        algorithm: "auto", "ulysses" or "ring", as asked.
+        chosen: what was taken of these, for the models that there were.
     """
 
     group: SequenceGroup
     algorithm: str
-    is_checked: bool = False
+    chosen: set[str] = field(default_factory=set)
+    _of_model: weakref.WeakKeyDictionary[Any, str] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    _checked: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     @classmethod
-    def of(cls, model: nn.Module, mesh: Any, algorithm: str) -> SequenceParallel:
-        """Reads what was asked of `patch`.
+    def of(cls, mesh: Any, algorithm: str) -> SequenceParallel | None:
+        """Reads what was asked of a patch; None without a mesh.
 
         Raises:
             TypeError: mesh is not a DeviceMesh.
             ValueError: the mesh has another number of dimensions, or no algorithm has this name.
             RuntimeError: torch.distributed is not initialised.
-            UnsupportedError: the model, or the installed transformers, cannot be shared out.
+            UnsupportedError: the installed transformers cannot share out a loss.
         """
         if algorithm not in ("auto", *ALGORITHMS):
             raise ValueError(
                 f"sequence_parallel must be 'auto' or one of {', '.join(ALGORITHMS)}, "
                 f"got {algorithm!r}"
             )
+        if mesh is None:
+            return None
         group = SequenceGroup.of(mesh)
-        heads = {
-            int(module.config.num_attention_heads)
-            for module in model.modules()
-            if isinstance(module, modeling_llama().LlamaModel)
-        }
-        reason = next(filter(None, (reject_heads(n, group.size) for n in sorted(heads))), None)
-        if algorithm == "auto":
-            algorithm = "ring" if reason else "ulysses"
-        elif algorithm == "ulysses" and reason:
-            raise UnsupportedError(reason)
-        _refuse_rope(model)
         _refuse_loss()
         return cls(group, algorithm)
+
+    def choose(self, model: Any) -> str:
+        """Takes "ulysses" or "ring" for a `LlamaModel`; the same for it from then on.
+
+        Raises:
+            UnsupportedError: the model cannot be shared out, or not as asked.
+        """
+        found = self._of_model.get(model)
+        if found is None:
+            found = self._of_model[model] = self._algorithm_for(model)
+            self.chosen.add(found)
+        return found
+
+    def choose_all(self, model: nn.Module) -> None:
+        """Takes one for every `LlamaModel` in a model, or refuses it."""
+        for module in model.modules():
+            if isinstance(module, modeling_llama().LlamaModel):
+                self.choose(module)
+
+    def _algorithm_for(self, model: Any) -> str:
+        _refuse_rope(model)
+        reason = reject_heads(int(model.config.num_attention_heads), self.group.size)
+        if self.algorithm == "auto":
+            return "ring" if reason else "ulysses"
+        if self.algorithm == "ulysses" and reason:
+            raise UnsupportedError(reason)
+        return self.algorithm
+
+    def check_same(self, model: Any, arguments: dict[str, Any], layout: VarlenLayout) -> None:
+        """Compares a model's first batch between the ranks.
+
+        Raises:
+            ValueError: it is not the same on all.
+        """
+        if model not in self._checked:
+            _check_same(arguments, layout, self.group)
+            self._checked.add(model)
+
+    def __str__(self) -> str:
+        names = " and ".join(sorted(self.chosen)) or self.algorithm
+        return f"{names} over {self.group.size} ranks"
 
 
 def _refuse_rope(model: nn.Module) -> None:
@@ -107,7 +144,7 @@ def whole_reason(arguments: dict[str, Any]) -> str | None:
 
 
 def shard_call(
-    arguments: dict[str, Any], layout: VarlenLayout, sequence: SequenceParallel
+    arguments: dict[str, Any], layout: VarlenLayout, sequence: SequenceParallel, model: Any
 ) -> Shard:
     """Keeps this rank's part of a flat call, in place.
 
@@ -118,16 +155,17 @@ def shard_call(
         arguments: by name, of the flat call: `(1, total, ...)` each.
         layout: of the whole row.
         sequence: who shares it.
+        model: the `LlamaModel`.
 
     Returns:
         The shard.
 
     Raises:
-        ValueError: the ranks were given different batches; asked once a patch.
+        ValueError: the ranks were given different batches; asked once a model.
+        UnsupportedError: the model cannot be shared out.
     """
-    if not sequence.is_checked:
-        _check_same(arguments, layout, sequence.group)
-        sequence.is_checked = True
+    algorithm = sequence.choose(model)
+    sequence.check_same(model, arguments, layout)
     _shift_labels(arguments)
     # Each rank has a token at least, since not every kernel takes none: blank documents behind all.
     blanks = max(0, sequence.group.size - layout.total)
@@ -135,7 +173,7 @@ def shard_call(
         layout = VarlenLayout.from_lengths(
             [*layout.lengths, *[1] * blanks], device=layout.cu_seqlens.device
         )
-    shard = Shard.of(layout, sequence.group, sequence.algorithm)
+    shard = Shard.of(layout, sequence.group, algorithm)
     for name in _PER_TOKEN:
         if arguments.get(name) is not None:
             row = arguments[name][0]
