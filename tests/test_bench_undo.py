@@ -10,7 +10,7 @@ import torch
 
 import padless
 from bench_cases import interrupt_at, quick, tiny_model
-from padless.benchmark import run
+from padless.benchmark import verified
 from padless.unpadded import engagement
 
 
@@ -101,6 +101,6 @@ def test_interrupt_while_verifying_leaves_an_empty_report(monkeypatch: pytest.Mo
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "verify", interrupted)
+    monkeypatch.setattr(verified, "verify", interrupted)
     report = quick(verify_first=True)
     assert report.is_interrupted and report.rows == () and report.checks == ()
