@@ -107,3 +107,40 @@ def test_keys_are_fetched_once_less_in_backward(recorder: Recorder, rank: int, r
     exchanges = [sum(kind == "begin" for kind, _ in events) for events in (forward, backward)]
     # Backward: sums of each step, and keys of all steps but the first, which are still there.
     assert exchanges == [ranks - 1, (ranks - 1) + (ranks - 2)]
+
+
+def test_sums_over_ranks_are_rounded_once(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Halves of the distance between two bfloat16 numbers at 1: each for itself is rounded away.
+    # In forward the mean of 1 and three times the next number is nearer to that.
+    half = 2.0**-8
+    parts = iter([1.0, 1.0 + 2 * half, 1.0 + 2 * half, 1.0 + 2 * half])
+    shares = iter([1.0, half, half, 0.0])
+    sent: list[torch.dtype] = []
+
+    def attend(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(q, next(parts)), torch.zeros(q.shape[1], q.shape[0])
+
+    def gradients(block: Block, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+        share = next(shares)
+        return tuple(torch.full_like(x, share) for x in (q, k, v))
+
+    def start(self: Recorder, tensors: Any, step: int) -> Any:
+        sent.append(tensors[0].dtype)
+        return 0, tuple(torch.zeros_like(x) for x in tensors)
+
+    monkeypatch.setattr(Block, "attend", attend)
+    monkeypatch.setattr(Block, "gradients", gradients)
+    monkeypatch.setattr(Recorder, "start", start)
+    # Of the last rank, whose queries see keys of every other.
+    split = split_balanced([64], 4)
+    plan = RingPlan.of(split, 3, OPTIONS, torch.device("cpu"))
+    q, k, v = torch.ones(3, 16, 1, 8, dtype=torch.bfloat16).requires_grad_().unbind(0)
+    q.retain_grad()
+    group: Any = SimpleNamespace(rank=3, size=4)
+    out = ring.attend_in_ring(q, k, v, plan, group)
+    out.sum().backward()
+    assert (out == 1.0 + 2 * half).all()
+    assert q.grad is not None and (q.grad == 1.0 + 2 * half).all()
+    assert sent.count(torch.float32) == 3

@@ -56,24 +56,26 @@ class _Ring(torch.autograd.Function):
         travelling = k[:shared], v[:shared]
         arriving = ring.start(travelling, 1) if group.size > 1 else None
         out, lse = plan.local.attend(q, k, v)
-        if plan.keeps_exact:
-            out = out.to(lse.dtype)
+        # Behind them are documents that no other rank has a part of.
+        own = out.narrow(0, 0, shared)
+        merged = own.to(lse.dtype) if plan.keeps_exact else own
         for step in range(1, group.size):
             travelling = ring.finish(arriving)
             arriving = ring.start(travelling, step + 1) if step + 1 < group.size else None
             for block in plan.blocks[step]:
                 part, part_lse = block.attend(block.queries.of(q), *block.keys.of_both(travelling))
                 rows, row_lse = merge(
-                    block.queries.of(out), block.queries.of(lse, dim=1), part, part_lse
+                    block.queries.of(merged), block.queries.of(lse, dim=1), part, part_lse
                 )
-                block.queries.put(out, rows)
+                block.queries.put(merged, rows)
                 block.queries.put(lse, row_lse, dim=1)
+        if merged is not own:
+            own.copy_(merged)
         ctx.plan, ctx.group = plan, group
-        result = out.to(q.dtype)
         # The keys that came last: where backward begins.
         kept = travelling if group.size > 1 else (None, None)
-        ctx.save_for_backward(q, k, v, result, lse, *kept)
-        return result
+        ctx.save_for_backward(q, k, v, out, lse, *kept)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,7 +83,7 @@ class _Ring(torch.autograd.Function):
         plan: RingPlan = ctx.plan
         group: SequenceGroup = ctx.group
         ring, exact = _Neighbours(group, plan.shared, -1), lse.dtype
-        dout = dout.contiguous()
+        shared, dout = plan.shared[group.rank], dout.contiguous()
         # In float32 where more than two are added: two are, and rounded once, by adding them.
         kept = exact if plan.keeps_exact else q.dtype
         remote_dq: Tensor | None = None
@@ -99,7 +101,7 @@ class _Ring(torch.autograd.Function):
                 # What the ranks before have added up for keys that are here now.
                 sums: Any = (None, None) if returning is None else ring.finish(returning)
                 for block, (dq_b, *both) in found:
-                    remote_dq = block.queries.add(remote_dq, dq_b, len(q), kept)
+                    remote_dq = block.queries.add(remote_dq, dq_b, shared, kept)
                     sums = tuple(
                         block.keys.add(total, each, len(travelling[0]), exact)
                         for total, each in zip(sums, both, strict=True)
@@ -109,9 +111,8 @@ class _Ring(torch.autograd.Function):
                 returning = ring.start(sums, step - 1)
             dq, dk, dv = plan.local.gradients(dout, q, k, v, out, lse)
             if remote_dq is not None:
-                dq += remote_dq
+                dq.narrow(0, 0, shared).add_(remote_dq)
             if returning is not None:
-                shared = plan.shared[group.rank]
                 for own, home in zip((dk, dv), ring.finish(returning), strict=True):
                     own.narrow(0, 0, shared).add_(home)
         return dq, dk, dv, None, None
