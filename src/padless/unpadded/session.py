@@ -250,16 +250,17 @@ class Session:
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.full_like(ids, store.columns)
-        positions = positions.expand(rows, 1)
+        if positions.shape[0] != rows:
+            positions = positions.expand(rows, 1)
         if ended is not None:
             ids, positions = ended.pick(ids), ended.pick(positions)
-        logits = self._run(ids.reshape(1, -1), positions.reshape(1, -1)).transpose(0, 1)
+        logits = self._run(ids, positions)
         store.count_step()
         self.steps += 1
         return self._outputs(logits if ended is None else ended.spread(logits)), None
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Computes a step's logits, `(1, batch, vocab_size)`; by the graph where there is one."""
+        """Computes a step's logits, `(batch, 1, vocab_size)`; by the graph where there is one."""
         if self._eager is not None:
             return self._compute(ids, positions)
         if self._warm < _WARM_UP:
@@ -279,13 +280,14 @@ class Session:
         return self._graph.replay(ids, positions)
 
     def _compute(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The step itself: what it needs of the host is known before it begins."""
+        """The step itself, of `(batch, 1)`; what it needs of the host is known before it begins."""
         batch = self._batch
         assert batch is not None and batch.store is not None and batch.decoder is not None
         batch.store.begin_step(with_mask=batch.decoder.with_mask)
-        hidden = self._hidden(batch, {"input_ids": ids, "position_ids": positions})
-        logits: Tensor = self.head.lm_head(hidden)
-        return logits
+        # Views are made here, in the capture, and not once a token.
+        flat = {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
+        logits: Tensor = self.head.lm_head(self._hidden(batch, flat))
+        return logits.transpose(0, 1)
 
     def _capture_anew(self) -> None:
         # Other shapes may be other kernels, which a capture does not load.
