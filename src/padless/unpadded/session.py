@@ -23,8 +23,10 @@ from padless.hf.eras import Era
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.call import flatten_prompt
 from padless.unpadded.ended import EndedRows
+from padless.unpadded.fused import FusedModules
 from padless.unpadded.ledger import Ledger
-from padless.unpadded.norms import FusedNorms
+from padless.unpadded.mlp import MLP
+from padless.unpadded.norms import NORM
 from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, read_prompt, step_reason
 
 # Steps that run eagerly in front of a capture: kernels compile and libraries set up in the first.
@@ -72,7 +74,7 @@ class Session:
         self._ended: EndedRows | None = None
         self._rows = 0
         self._ledger: Ledger | None = None
-        self._norms = FusedNorms(head)
+        self._fused = FusedModules(head, (NORM, MLP))
         self._is_open = True
         self._is_stock_prompt = False
         self._has_mask = False
@@ -105,9 +107,8 @@ class Session:
             else:
                 discard(self.cache)
         if self._ledger is not None and self.cache is not None:
-            left_out = 0
-            if self._ended is not None and self._ended.kept is not None:
-                left_out = self._rows - self._ended.kept.shape[0]
+            kept = None if self._ended is None else self._ended.kept
+            left_out = 0 if kept is None else self._rows - kept.shape[0]
             self._ledger.count_generation(
                 self._decoder, steps=self.steps, replays=self.replays, left_out=left_out
             )
@@ -177,14 +178,12 @@ class Session:
         if copies > 1:
             logits = logits.repeat_interleave(copies, 0)
             batch.store.copy_rows(copies)
+        self._attach(arguments, batch.store)
         try:
             groups = layers[0].self_attn.num_key_value_groups
             decoder = decoder_of(batch.store, groups, ledger.backend)
         except BackendUnavailableError as error:
-            self._attach(arguments, batch.store)
-            outputs = self._outputs(logits.unsqueeze(1))
-            return outputs, f"no backend decodes: {error}"
-        self._attach(arguments, batch.store)
+            return self._outputs(logits.unsqueeze(1)), f"no backend decodes: {error}"
         self._batch = FlatBatch.of_step(batch.store, decoder)
         self._rows = batch.store.batch
         if self._end_tokens:
@@ -212,7 +211,7 @@ class Session:
             for name in ("input_ids", "inputs_embeds", "position_ids")
             if arguments.get(name) is not None
         }
-        with self._norms.in_force():
+        with self._fused.in_force():
             outputs = self.head.model(
                 **given, attention_mask=batch, use_cache=False, return_dict=True
             )
