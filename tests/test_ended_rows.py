@@ -74,6 +74,21 @@ def test_the_device_is_asked_once_in_some_steps(monkeypatch: pytest.MonkeyPatch)
     assert counts == [8, 8, 8, 3, 3]
 
 
+def test_ids_that_a_caller_writes_over_end_no_row_that_has_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ended, "_ASK_EVERY", 3)
+    store, _ = _store()
+    rows = EndedRows(torch.tensor([7]), 8)
+    given = torch.empty(8, 1, dtype=torch.int64)
+    for ids in ([7, 7, 7, 7, 7, 1, 1, 1], [0, 0, 0, 0, 0, 2, 2, 2], [0, 0, 0, 0, 7, 7, 3, 3]):
+        given.copy_(torch.tensor(ids)[:, None])
+        rows.see(given)
+        # Of the first four the end is hidden: they go on as padding, as for a while anyway.
+        assert not rows.leave_out(store)
+    assert rows._ended.nonzero().flatten().tolist() == [4, 5]
+
+
 def test_a_capture_has_to_pay_for_itself() -> None:
     class OnCuda(EndedRows):
         @property

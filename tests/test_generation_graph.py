@@ -236,6 +236,8 @@ def cuda_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CudaGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    # Of a CPU tensor's device.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", Entered)
     monkeypatch.setattr(torch.cuda, "stream", Entered)
     monkeypatch.setattr(graph_module, "_side_stream", lambda device: None)
@@ -248,22 +250,29 @@ def cuda_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return log
 
 
-def test_a_capture_reads_copies_and_gives_copies(cuda_log: list[str]) -> None:
+def test_a_capture_reads_copies_and_gives_copies(
+    cuda_log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def step(ids: Tensor, positions: Tensor) -> Tensor:
-        seen.append((ids, positions, torch.zeros(1, 3, 4)))
+        seen.append((ids, positions, torch.zeros(3, 1, 4)))
         return seen[-1][2]
 
-    ids, positions = torch.tensor([[1, 2, 3]]), torch.tensor([[7, 8, 9]])
+    ids, positions = torch.tensor([[1], [2], [3]]), torch.tensor([[7], [8], [9]])
     graph = graph_module.StepGraph(step, ids, positions)
     assert cuda_log == ["enter", "enter", "begin thread_local pool", "end", "leave", "leave"]
     (own_ids, own_positions, own_logits), *more = seen
     assert own_ids is not ids and own_positions is not positions and not more
     logits = graph.replay(ids + 1, positions + 1)
-    assert own_ids.tolist() == [[2, 3, 4]] and own_positions.tolist() == [[8, 9, 10]]
+    assert own_ids.tolist() == [[2], [3], [4]] and own_positions.tolist() == [[8], [9], [10]]
     own_logits += 1
     assert not logits.any()
+    assert cuda_log[6:] == ["replay"]
+    # Another device than the thread's own is entered for it.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    graph.replay(ids, positions)
+    assert cuda_log[6:] == ["replay", "enter", "replay", "leave"]
     graph.release()
     assert cuda_log[-1] == "reset"
 

@@ -21,8 +21,9 @@ import padless
 from norm_cases import NEW, NORMS, build_model, generate, is_clean, plant_kernel
 from padless import environment
 from padless.generation.graph import StepGraph
-from padless.unpadded import norms, session
-from padless.unpadded.norms import FusedForward, FusedNorms, is_fusable
+from padless.unpadded import fused, norms, session
+from padless.unpadded.fused import FusedModules
+from padless.unpadded.norms import NORM, is_fusable, normalise
 
 pytestmark = pytest.mark.skipif(
     not hasattr(F, "rms_norm"), reason="torch before 2.4 has no rms_norm"
@@ -49,11 +50,10 @@ def test_a_norm_is_no_less_exact(dtype: torch.dtype, hidden_size: int) -> None:
     truth = weight * double * (double.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     with torch.no_grad():
         plain = norm(x)
-        token = norms._in_force.set(True)
-        fused = FusedForward(norm)(x)
-        norms._in_force.reset(token)
-    assert fused.dtype == plain.dtype == dtype
-    error, allowed = ((y.double() - truth).square().mean().sqrt() for y in (fused, plain))
+        got = normalise(norm, x)
+    assert got is not None
+    assert got.dtype == plain.dtype == dtype
+    error, allowed = ((y.double() - truth).square().mean().sqrt() for y in (got, plain))
     assert error <= allowed * (1.1 if dtype is torch.float32 else 1.0)
     if dtype is not torch.float32:
         # One rounding less; also what tells that it was not the stock forward.
@@ -217,7 +217,7 @@ def test_a_norm_in_float32_of_a_model_in_half_precision(calls: list[tuple[int, .
     norm = LlamaRMSNorm(8)
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     want = norm(x)
-    with torch.no_grad(), FusedNorms(norm).in_force():
+    with torch.no_grad(), FusedModules(norm, [NORM]).in_force():
         got = norm(x)
         assert calls == [] and "forward" in vars(norm)
         norm(x.float())
@@ -234,7 +234,7 @@ def test_modes_that_are_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if mode == "traced":
-        monkeypatch.setattr(norms, "is_tracing", lambda: True)
+        monkeypatch.setattr(fused, "is_tracing", lambda: True)
     if mode == "compiled":
         model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp, backend="eager")
     if mode == "compiled layer":
@@ -243,12 +243,12 @@ def test_modes_that_are_left_alone(
         "autocast": torch.autocast("cpu", torch.bfloat16),
         "gradients": torch.enable_grad(),
     }
-    fused = FusedNorms(model)
-    with torch.set_grad_enabled(False), contexts.get(mode, torch.no_grad()), fused.in_force():
+    found = FusedModules(model, [NORM])
+    with torch.set_grad_enabled(False), contexts.get(mode, torch.no_grad()), found.in_force():
         assert is_clean(model)
     # And otherwise not.
     if mode in contexts:
-        with torch.no_grad(), fused.in_force():
+        with torch.no_grad(), found.in_force():
             assert not is_clean(model)
 
 
@@ -258,7 +258,7 @@ def test_what_is_compiled_piece_by_piece_has_the_class_s_forward(
     norm, x = LlamaRMSNorm(8), torch.randn(3, 8)
     compiled = torch.compile(lambda x: norm(x), backend="eager", fullgraph=True)
     want = norm(x)
-    with torch.no_grad(), FusedNorms(norm).in_force():
+    with torch.no_grad(), FusedModules(norm, [NORM]).in_force():
         assert torch.equal(compiled(x), want)
         assert calls == []
         norm(x)

@@ -15,7 +15,7 @@ import padless
 from golden.generating import IS_FAST, REAL, check_cache, check_fast, generate
 from golden.models import HEADS, batch, build_model, since
 from golden.test_patch_cache import keys_and_values
-from padless.unpadded import norms
+from padless.unpadded import mlp, norms
 
 pytestmark = pytest.mark.case("generate")
 
@@ -233,3 +233,18 @@ def test_norms_of_one_kernel(heads: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     layers = model.config.num_hidden_layers
     assert len(calls) == (256 * (2 * layers + 1) if IS_FAST else 0)
+
+
+def test_mlps_with_one_kernel_between_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    sound = mlp.silu_mul
+    monkeypatch.setattr(mlp, "reject_silu_mul", lambda device, dtype: None)
+    monkeypatch.setattr(mlp, "silu_mul", lambda *args: (calls.append(1), sound(*args))[1])
+    model = build_model("gqa", max_position_embeddings=512)
+    want = generate(model, new=64)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with padless.patch(model) as handle:
+        assert torch.equal(generate(model, new=64), want)
+        check_fast(handle.report(), steps=63, prompt=REAL["left"])
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert len(calls) == (64 * model.config.num_hidden_layers if IS_FAST else 0)

@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import padless
 from padless.environment import has_fused_rms_norm
-from padless.unpadded import norms, session
-from padless.unpadded.norms import FusedForward, FusedNorms
+from padless.unpadded import fused, norms, session
+from padless.unpadded.fused import FusedForward, FusedModules
+from padless.unpadded.norms import NORM
 
 NORMS = 2 * LAYERS + 1
 NEW = 48
@@ -75,11 +76,11 @@ def test_a_norm_is_no_less_exact(dtype: torch.dtype, hidden_size: int, rows: int
     truth = weight * double * (double.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     with torch.no_grad():
         plain = norm(x)
-        with FusedNorms(norm).in_force(), _Launched() as launched:
-            fused = norm(x)
+        with FusedModules(norm, [NORM]).in_force(), _Launched() as launched:
+            got = norm(x)
     assert launched.names["_fused_rms_norm"] == 1, launched.names
-    assert fused.dtype == dtype
-    error, allowed = ((y.double() - truth).square().mean().sqrt() for y in (fused, plain))
+    assert got.dtype == dtype
+    error, allowed = ((y.double() - truth).square().mean().sqrt() for y in (got, plain))
     if dtype is torch.float32:
         # The order of a sum, which all of a row share.
         allowed = 2 * allowed + torch.finfo(dtype).eps * truth.square().mean().sqrt()
@@ -95,12 +96,12 @@ def test_every_forward_of_a_call_has_them(
     with padless.patch(model) as handle:
         generate(model, new=NEW)
         assert handle.report().graph_replays == NEW - 1 - EAGER_STEPS, str(handle.report())
-        fused = list(forwards)
+        by_kernel = list(forwards)
         forwards.clear()
         monkeypatch.setattr(norms, "has_fused_rms_norm", lambda device_type: False)
         generate(model, new=NEW)
-    assert len(fused) == len(forwards) == 2 + EAGER_STEPS
-    for with_kernel, without in zip(fused, forwards, strict=True):
+    assert len(by_kernel) == len(forwards) == 2 + EAGER_STEPS
+    for with_kernel, without in zip(by_kernel, forwards, strict=True):
         assert with_kernel["_fused_rms_norm"] == NORMS
         assert without["_fused_rms_norm"] == 0
         for name in ("pow", "mean", "rsqrt"):
@@ -181,7 +182,7 @@ def test_nothing_stays_after_an_exception_inside_the_model(at: int, failing: Any
             # A capture that fails is no failure of the call.
             assert torch.equal(generate(model), want)
             assert handle.report().graph_replays == 0
-        assert _is_clean(model) and not norms._in_force.get()
+        assert _is_clean(model) and not fused._in_force.get()
         failing(10**9)
         assert torch.equal(generate(model), want)
     assert _is_clean(model)

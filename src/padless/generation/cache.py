@@ -36,7 +36,8 @@ def store_of(cache: Any) -> RaggedStore | None:
     """Finds the store behind a cache; None if there is none (any more)."""
     if vars(type(cache)).get("_padless_plain") is None:
         return None
-    found: RaggedStore | None = cache.__dict__.get(_STORE)
+    # Past the class's own look at every attribute: this is asked once a token.
+    found: RaggedStore | None = object.__getattribute__(cache, "__dict__").get(_STORE)
     return found
 
 

@@ -33,27 +33,22 @@ class Decoder:
     backend: ModuleType
     with_mask: bool
 
-    def attend(
-        self, store: RaggedStore, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> Tensor:
-        """Keeps the step's keys and values of a layer, and attends to all that a row has.
+    def attend(self, store: RaggedStore, layer_idx: int, q: Tensor, scale: float) -> Tensor:
+        """Attends to all that a row has in a layer, the step's own keys and values included.
 
         Args:
-            store: of the `generate` call.
+            store: of the `generate` call; the step's keys and values of the layer are in it.
             layer_idx: of the layer.
             q: `(batch, num_heads, head_dim)`.
-            k: `(batch, num_kv_heads, head_dim)`.
-            v: like k.
             scale: factor of the scores.
 
         Returns:
             `(batch, num_heads, head_dim)`.
         """
-        k_buffer, v_buffer = store.put_newest(layer_idx, k, v)
+        buffers = store.layers[layer_idx]
+        assert buffers is not None
         with no_autocast(q):
-            out: Tensor = self.backend.decode(
-                q, k_buffer, v_buffer, store.rows, softmax_scale=scale
-            )
+            out: Tensor = self.backend.decode(q, *buffers, store.rows, softmax_scale=scale)
         return out
 
 

@@ -23,7 +23,7 @@ class StepGraph:
     """A captured step: reads its own copy of ids and positions, writes its own logits.
 
     Args:
-        step: takes ids and positions, int64 `(1, batch)` each, and returns logits; everything else
+        step: takes ids and positions, int64 `(batch, 1)` each, and returns logits; everything else
             that it reads or writes has to stay where it is for as long as the graph is used.
         ids: of the token to come, for their shape and device.
         positions: like ids.
@@ -39,8 +39,9 @@ class StepGraph:
     """
 
     def __init__(self, step: Step, ids: Tensor, positions: Tensor) -> None:
-        self._ids = ids.clone()
-        self._positions = positions.clone()
+        self._ids, self._positions = (
+            x.clone(memory_format=torch.contiguous_format) for x in (ids, positions)
+        )
         self._graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph, which leaves its stream the current one where a capture fails, and
         # empties the allocator's cache in front of each.
@@ -62,16 +63,20 @@ class StepGraph:
         """Runs the step for other tokens.
 
         Args:
-            ids: int64 `(1, batch)`.
+            ids: int64 `(batch, 1)`.
             positions: like ids.
 
         Returns:
             The logits, in memory of the caller's own.
         """
+        # The device waits for this: nothing stands in front of the launch that can stand behind it.
         self._ids.copy_(ids)
         self._positions.copy_(positions)
-        with torch.cuda.device(self._device):
+        if self._device.index == torch.cuda.current_device():
             self._graph.replay()
+        else:
+            with torch.cuda.device(self._device):
+                self._graph.replay()
         # The next replay writes over them, and a caller may keep what it got.
         return self._logits.clone()
 
@@ -111,7 +116,7 @@ def run_on_side_stream(step: Step, ids: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         step: as for `StepGraph`.
-        ids: int64 `(1, batch)`.
+        ids: int64 `(batch, 1)`.
         positions: like ids.
     """
     side, main = _side_stream(ids.device), torch.cuda.current_stream(ids.device)

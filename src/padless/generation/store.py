@@ -92,19 +92,28 @@ class RaggedStore:
             buffers.append(buffer.view(self.batch, self.capacity, *x.shape[1:]))
         self.layers[layer_idx] = (buffers[0], buffers[1])
 
-    def put_newest(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps a layer's keys and values of the step's tokens, and gives all of the layer's.
+    def put_newest(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
+        """Keeps a layer's keys and values of the step's tokens.
 
         Args:
             layer_idx: of the layer.
             k: `(batch, num_kv_heads, head_dim)`.
             v: like k.
         """
+        k_slots, v_slots, newest = self.newest(layer_idx)
+        k_slots.index_copy_(0, newest, k)
+        v_slots.index_copy_(0, newest, v)
+
+    def newest(self, layer_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gives where a layer's keys and values of the step's tokens are to be written.
+
+        Returns:
+            The slots of all rows for keys and for values, `(batch * capacity, num_kv_heads,
+            head_dim)`, and int64 `(batch,)`, which of them is each row's.
+        """
         buffers = self.layers[layer_idx]
         assert buffers is not None  # the prompt has been through this layer
-        for buffer, x in zip(buffers, (k, v), strict=True):
-            buffer.flatten(0, 1).index_copy_(0, self._newest, x)
-        return buffers
+        return buffers[0].flatten(0, 1), buffers[1].flatten(0, 1), self._newest
 
     def make_room(self) -> bool:
         """Grows the buffers if the next token does not fit; says whether they have moved."""

@@ -173,6 +173,9 @@ def _named(stock: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
             f"arguments must be given by name to {stock.__qualname__}, whose signature has no "
             f"names for them, got {len(args)} by position"
         )
+    if not args:
+        # The door's own already.
+        return kwargs
     return {**dict(zip(_positional(stock), args, strict=False)), **kwargs}
 
 

@@ -35,15 +35,18 @@ class EndedRows:
         self._rows = rows
         self._ended = torch.zeros(rows, dtype=torch.bool, device=end_tokens.device)
         self._steps = 0
+        # Of steps since the device was asked. A caller that writes over one hides a token at most:
+        # whatever is in there was a step's.
+        self._unread: list[Tensor] = []
 
     def see(self, ids: Tensor) -> None:
-        """Reads the tokens that a step is given, on the device alone.
+        """Takes the tokens that a step is given, and leaves them for when the device is asked.
 
         Args:
             ids: int64 `(rows, 1)`, each of them chosen by `generate`.
         """
         self._steps += 1
-        self._ended |= (ids == self._end_tokens).any(1)
+        self._unread.append(ids)
 
     def leave_out(self, store: RaggedStore) -> bool:
         """Takes rows that have ended out of the store, if at most half of its rows have not.
@@ -55,7 +58,12 @@ class EndedRows:
             Waits for the device, once in some steps and only where leaving out half of the rows
             would pay.
         """
-        if self._steps % _ASK_EVERY or store.batch < 2 or not self._pays(store):
+        if self._steps % _ASK_EVERY:
+            return False
+        tokens = torch.cat(self._unread, 1)
+        self._unread.clear()
+        self._ended |= (tokens[..., None] == self._end_tokens).flatten(1).any(1)
+        if store.batch < 2 or not self._pays(store):
             return False
         left = (~self._ended).nonzero().flatten()
         if not 0 < left.shape[0] <= store.batch // 2:

@@ -15,6 +15,7 @@ from padless.dispatch import no_autocast, plan_call, run, validate_layouts
 from padless.environment import is_compiling
 from padless.hf.eras import Era
 from padless.kernels.rotary import apply_rotary
+from padless.kernels.rotary_keep import rotate_and_keep
 from padless.parallel.ring_plan import Options
 from padless.selection import Selection
 from padless.unpadded.batch import ARGUMENT, FlatBatch, Served
@@ -69,13 +70,17 @@ def _attend(
     total = hidden.shape[1]
     q, k, v = (x.view(total, -1, module.head_dim) for x in project(module, hidden))
     cos, sin = _rotary_tables(module, v, batch, arguments, era)
-    q, k = apply_rotary(q, k, cos, sin, inplace=is_plain(module.q_proj) and is_plain(module.k_proj))
-    # Float32 norms promote q and k; values still have the dtype that the projection computed in.
-    q, k = (x if x.dtype == v.dtype else x.to(v.dtype) for x in (q, k))
+    inplace = is_plain(module.q_proj) and is_plain(module.k_proj)
     scale = float(getattr(module, "scaling", None) or module.head_dim**-0.5)
-    if batch.store is not None and batch.decoder is not None:
-        out = batch.decoder.attend(batch.store, module.layer_idx, q, k, v, scale)
+    store, decoder = batch.store, batch.decoder
+    if store is not None and decoder is not None:
+        index: int = module.layer_idx
+        if not (inplace and rotate_and_keep(q, k, v, cos, sin, *store.newest(index))):
+            q, k = _rotated(q, k, v, cos, sin, inplace=inplace)
+            store.put_newest(index, k, v)
+        out = decoder.attend(store, index, q, scale)
         return module.o_proj(out.reshape(1, total, -1)), None
+    q, k = _rotated(q, k, v, cos, sin, inplace=inplace)
     present = _keep(module, k, v, batch, arguments, era)
     if batch.shard is not None:
         out = _attend_shared(module, q, k, v, batch, scale)
@@ -84,6 +89,15 @@ def _attend(
     else:
         out = _attend_planned(module, q, k, v, batch, scale)
     return module.o_proj(out.reshape(1, total, -1)), present
+
+
+def _rotated(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    q, k = apply_rotary(q, k, cos, sin, inplace=inplace)
+    # Float32 norms promote q and k; values still have the dtype that the projection computed in.
+    q, k = (x if x.dtype == v.dtype else x.to(v.dtype) for x in (q, k))
+    return q, k
 
 
 def _attend_over_ranks(

@@ -23,8 +23,10 @@ from padless.hf.eras import Era
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.call import flatten_prompt
 from padless.unpadded.ended import EndedRows
+from padless.unpadded.fused import FusedModules
 from padless.unpadded.ledger import Ledger
-from padless.unpadded.norms import FusedNorms
+from padless.unpadded.mlp import MLP
+from padless.unpadded.norms import NORM
 from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, read_prompt, step_reason
 
 # Steps that run eagerly in front of a capture: kernels compile and libraries set up in the first.
@@ -72,7 +74,7 @@ class Session:
         self._ended: EndedRows | None = None
         self._rows = 0
         self._ledger: Ledger | None = None
-        self._norms = FusedNorms(head)
+        self._fused = FusedModules(head, (NORM, MLP))
         self._is_open = True
         self._is_stock_prompt = False
         self._has_mask = False
@@ -105,9 +107,8 @@ class Session:
             else:
                 discard(self.cache)
         if self._ledger is not None and self.cache is not None:
-            left_out = 0
-            if self._ended is not None and self._ended.kept is not None:
-                left_out = self._rows - self._ended.kept.shape[0]
+            kept = None if self._ended is None else self._ended.kept
+            left_out = 0 if kept is None else self._rows - kept.shape[0]
             self._ledger.count_generation(
                 self._decoder, steps=self.steps, replays=self.replays, left_out=left_out
             )
@@ -177,14 +178,12 @@ class Session:
         if copies > 1:
             logits = logits.repeat_interleave(copies, 0)
             batch.store.copy_rows(copies)
+        self._attach(arguments, batch.store)
         try:
             groups = layers[0].self_attn.num_key_value_groups
             decoder = decoder_of(batch.store, groups, ledger.backend)
         except BackendUnavailableError as error:
-            self._attach(arguments, batch.store)
-            outputs = self._outputs(logits.unsqueeze(1))
-            return outputs, f"no backend decodes: {error}"
-        self._attach(arguments, batch.store)
+            return self._outputs(logits.unsqueeze(1)), f"no backend decodes: {error}"
         self._batch = FlatBatch.of_step(batch.store, decoder)
         self._rows = batch.store.batch
         if self._end_tokens:
@@ -212,7 +211,7 @@ class Session:
             for name in ("input_ids", "inputs_embeds", "position_ids")
             if arguments.get(name) is not None
         }
-        with self._norms.in_force():
+        with self._fused.in_force():
             outputs = self.head.model(
                 **given, attention_mask=batch, use_cache=False, return_dict=True
             )
@@ -250,16 +249,17 @@ class Session:
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.full_like(ids, store.columns)
-        positions = positions.expand(rows, 1)
+        if positions.shape[0] != rows:
+            positions = positions.expand(rows, 1)
         if ended is not None:
             ids, positions = ended.pick(ids), ended.pick(positions)
-        logits = self._run(ids.reshape(1, -1), positions.reshape(1, -1)).transpose(0, 1)
+        logits = self._run(ids, positions)
         store.count_step()
         self.steps += 1
         return self._outputs(logits if ended is None else ended.spread(logits)), None
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Computes a step's logits, `(1, batch, vocab_size)`; by the graph where there is one."""
+        """Computes a step's logits, `(batch, 1, vocab_size)`; by the graph where there is one."""
         if self._eager is not None:
             return self._compute(ids, positions)
         if self._warm < _WARM_UP:
@@ -279,13 +279,14 @@ class Session:
         return self._graph.replay(ids, positions)
 
     def _compute(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The step itself: what it needs of the host is known before it begins."""
+        """The step itself, of `(batch, 1)`; what it needs of the host is known before it begins."""
         batch = self._batch
         assert batch is not None and batch.store is not None and batch.decoder is not None
         batch.store.begin_step(with_mask=batch.decoder.with_mask)
-        hidden = self._hidden(batch, {"input_ids": ids, "position_ids": positions})
-        logits: Tensor = self.head.lm_head(hidden)
-        return logits
+        # Views are made here, in the capture, and not once a token.
+        flat = {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
+        logits: Tensor = self.head.lm_head(self._hidden(batch, flat))
+        return logits.transpose(0, 1)
 
     def _capture_anew(self) -> None:
         # Other shapes may be other kernels, which a capture does not load.
