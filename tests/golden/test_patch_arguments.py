@@ -1,4 +1,4 @@
-"""What a patched model is handed that padless did not ask for: arguments, masks, implementations."""
+"""What a patched model is handed unasked: arguments, 4D masks, implementations by name."""
 
 from __future__ import annotations
 
