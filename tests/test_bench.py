@@ -66,7 +66,9 @@ def test_what_a_cpu_does_at_most_is_not_what_it_does_beside_others(
     clock = Clock("cpu")
     times = itertools.cycle([9.0, 2.0, 8.0])
     monkeypatch.setattr(clock, "elapsed_ms", lambda start, end: next(times))
-    assert measure_ceilings(clock, smoke=True).matmul_tflops == pytest.approx(2 * 128**3 / 2.0 / 1e9)
+    assert measure_ceilings(clock, smoke=True).matmul_tflops == pytest.approx(
+        2 * 128**3 / 2.0 / 1e9
+    )
 
 
 def test_report_is_the_same_after_a_way_through_json(report: padless.BenchReport) -> None:
