@@ -170,7 +170,8 @@ class _Run:
             parts = [peer.take(x).detach() for x in self.whole]
             with peer.context():
                 dist.barrier()
-                found = record_timeline(functools.partial(self._compute, peer, parts))
+                turn = functools.partial(self._compute, peer, parts)
+                found = record_timeline(turn, self.clock.lead)
             if found is not None:
                 timing.facts["timeline"] = found.as_facts()
 

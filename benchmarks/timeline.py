@@ -9,6 +9,9 @@ import torch
 
 # Begin and end, in microseconds.
 Stretch = tuple[float, float]
+Kernel = tuple[str, float, float]
+# The kernel of `torch.cuda._sleep`.
+_MARK = "spin_kernel"
 
 
 class Timeline(NamedTuple):
@@ -38,11 +41,15 @@ class Timeline(NamedTuple):
         return {**made, "communication_hidden": self.hidden}
 
 
-def record_timeline(run: Callable[[], object]) -> Timeline | None:
+def record_timeline(
+    run: Callable[[], object], lead: Callable[[], object] = lambda: None
+) -> Timeline | None:
     """Runs something on the current GPU and notes its kernels; None where there is no GPU.
 
     Args:
         run: has run before, so that nothing is compiled or set up in it.
+        lead: gives the GPU something to do in front of it, which is not noted: on an idle GPU every
+            first launch would be waited for, as none is inside of a long model.
     """
     if not torch.cuda.is_available():
         run()
@@ -51,16 +58,31 @@ def record_timeline(run: Callable[[], object]) -> Timeline | None:
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        lead()
+        torch.cuda._sleep(1)
         run()
         torch.cuda.synchronize()
     return sort_kernels(
-        (event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if str(event.device_type).endswith("CUDA")
+        behind_mark(
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in profiler.events()
+            if str(event.device_type).endswith("CUDA")
+        )
     )
 
 
-def sort_kernels(kernels: Iterable[tuple[str, float, float]]) -> Timeline:
+def behind_mark(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Leaves out the mark, and what began before its end; nothing where there is none.
+
+    Args:
+        kernels: name, begin and end of each, in any order.
+    """
+    kernels = list(kernels)
+    begin = max((last for name, _, last in kernels if _MARK in name), default=float("-inf"))
+    return [kernel for kernel in kernels if kernel[1] >= begin]
+
+
+def sort_kernels(kernels: Iterable[Kernel]) -> Timeline:
     """Tells communication from computation, by the names of kernels.
 
     Args:

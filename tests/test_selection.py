@@ -332,7 +332,9 @@ def test_little_work_goes_to_what_is_launched_quickly(install: Callable[..., Non
     assert many.name == "slow"
     assert select_backend(TRAINING, little_work=True) is few
     assert select_backend(TRAINING) is many
-    assert select_backend(TRAINING, "slow", little_work=True).name == "slow"
+    named = select_backend(TRAINING, "slow", little_work=True)
+    assert named.name == "slow"
+    assert select_backend(TRAINING, "slow", little_work=True) is named
 
 
 @pytest.mark.parametrize("case", ["wrong", "padded", "not quick", "none is slow"])
@@ -351,8 +353,10 @@ def test_little_work_changes_nothing_where_no_quick_one_serves(
             del quick.QUICK_TO_LAUNCH
         else:
             del slow.SLOW_TO_LAUNCH
-    assert select_backend(request, little_work=True) == select_backend(request)
-    assert select_backend(request, little_work=True).name == "slow"
+    first = select_backend(request, little_work=True)
+    assert first == select_backend(request) and first.name == "slow"
+    monkeypatch.setattr(selection, "_select", lambda *_: pytest.fail("asked again"))
+    assert select_backend(request, little_work=True) is first
 
 
 def test_an_answer_is_remembered_in_every_mode(install: Callable[..., None]) -> None:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.timeline import Timeline, joined, overlap, record_timeline, sort_kernels
+from benchmarks.timeline import (
+    Timeline,
+    behind_mark,
+    joined,
+    overlap,
+    record_timeline,
+    sort_kernels,
+)
 
 
 def test_kernels_are_told_apart_and_joined() -> None:
@@ -45,6 +52,13 @@ def test_overlap_is_where_both_are() -> None:
     ]
     assert overlap([(0.0, 1.0)], [(1.0, 2.0)]) == []
     assert Timeline([], [(0.0, 1.0)]).hidden is None
+
+
+def test_what_runs_before_the_turn_is_left_out() -> None:
+    turn = [("flash_fwd", 9.0, 20.0), ("ncclDevKernel_SendRecv", 8.0, 15.0)]
+    lead = [("fill", 0.0, 4.0), ("fill", 4.0, 7.0), ("at::cuda::spin_kernel(long)", 7.0, 8.0)]
+    assert behind_mark([turn[0], *lead, turn[1]]) == turn
+    assert behind_mark(turn) == turn
 
 
 def test_without_a_gpu_there_is_no_timeline_but_the_turn_is_run(

@@ -183,7 +183,7 @@ def run_with_lse(
     """
     padded = (pad_heads(x, plan.head_dim) for x in (q, k, v))
     out, lse = plan.backend.varlen_with_lse(*padded, *plan.pieces[0], **options)
-    return out[..., : q.shape[-1]], lse
+    return out if q.shape[-1] == plan.head_dim else out[..., : q.shape[-1]], lse
 
 
 def gradients(
@@ -204,7 +204,7 @@ def gradients(
     head_dim = tensors[0].shape[-1]
     dout, q, k, v, out = (pad_heads(x, plan.head_dim) for x in tensors)
     grads = plan.backend.gradients(dout, q, k, v, out, lse, *plan.pieces[0], **options)
-    return tuple(x[..., :head_dim] for x in grads)
+    return tuple(grads if head_dim == plan.head_dim else (x[..., :head_dim] for x in grads))
 
 
 def pad_heads(x: Tensor, head_dim: int) -> Tensor:

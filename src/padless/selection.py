@@ -81,10 +81,16 @@ def select_backend(
         )
     if passing_over:
         return _select(request, backend, passing_over)
+    little_work = little_work and backend == "auto"
     found = _selections.get((request, backend, little_work))
-    if found is None and little_work and backend == "auto":
-        found = _select_quick(request)
-    return _select(request, backend, {}) if found is None else found
+    if found is not None:
+        return found
+    if not little_work:
+        return _select(request, backend, {})
+    found = _select_quick(request) or _select(request, backend, {})
+    if not _is_open(found):
+        _selections[request, backend, True] = found
+    return found
 
 
 def ask_backend(
@@ -165,9 +171,14 @@ def _select(request: AttentionRequest, backend: str, passing_over: Mapping[str, 
     else:
         asked = replace(request, head_dim=selection.head_dim)
         warn_of_named(selection, request, known_verdict(adapter(selection.name), asked))
-    if not passing_over and not any(UNMEASURED_IN_CAPTURE == c.rejected for c in trace):
+    if not passing_over and not _is_open(selection):
         _selections[request, backend, False] = selection
     return selection
+
+
+def _is_open(selection: Selection) -> bool:
+    """Whether a backend was passed over that has yet to be measured: not to be remembered."""
+    return any(UNMEASURED_IN_CAPTURE == candidate.rejected for candidate in selection.trace)
 
 
 _LITTLE = "so few tokens are done sooner by what takes the host less time to launch"
@@ -184,8 +195,6 @@ def _select_quick(request: AttentionRequest) -> Selection | None:
         return None
     if not getattr(adapter(selection.name), "QUICK_TO_LAUNCH", False):
         return None
-    if not any(UNMEASURED_IN_CAPTURE == c.rejected for c in selection.trace):
-        _selections[request, "auto", True] = selection
     return selection
 
 

@@ -7,7 +7,7 @@ import torch
 
 from padless.backends import reference
 from padless.layout import VarlenLayout
-from padless.parallel.merge import merge_
+from padless.parallel.merge import merge
 
 NOTHING = float("-inf")
 
@@ -30,7 +30,7 @@ def test_parts_make_the_whole(cuts: tuple[int, ...], scale: float) -> None:
     q, k, v = _parts(10, scale)
     out, lse = torch.zeros_like(q), torch.full((4, 6), NOTHING, dtype=q.dtype)
     for start, stop in zip((0, *cuts), (*cuts, 10), strict=True):
-        merge_(out, lse, *_attend(q, k[start:stop], v[start:stop]))
+        out, lse = merge(out, lse, *_attend(q, k[start:stop], v[start:stop]))
     for got, want in zip((out, lse), _attend(q, k, v), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -39,23 +39,32 @@ def test_rows_that_see_nothing_stay_as_they_are() -> None:
     # Kernels leave anything in such rows, NaN too.
     q, k, v = _parts(5, 1.0)
     out, lse = (x.float() for x in _attend(q, k, v))
-    before = out.clone(), lse.clone()
     part, part_lse = torch.full_like(out, float("nan")), torch.full_like(lse, NOTHING)
-    merge_(out, lse, part, part_lse)
-    assert torch.equal(out, before[0]) and torch.equal(lse, before[1])
+    after = merge(out, lse, part, part_lse)
+    assert torch.equal(after[0], out) and torch.equal(after[1], lse)
 
 
 def test_rows_that_have_seen_nothing_are_zero() -> None:
     out, lse = torch.zeros(2, 1, 4), torch.full((1, 2), NOTHING)
-    merge_(out, lse, torch.full((2, 1, 4), float("nan")), torch.full((1, 2), NOTHING))
+    out, lse = merge(out, lse, torch.full((2, 1, 4), float("nan")), torch.full((1, 2), NOTHING))
     assert (out == 0).all() and (lse == NOTHING).all()
 
 
 def test_sums_that_overflow_are_right_in_float32() -> None:
     out, lse = torch.ones(1, 1, 2), torch.tensor([[500.0]])
-    merge_(out, lse, torch.full((1, 1, 2), 3.0), torch.tensor([[500.0]]))
+    out, lse = merge(out, lse, torch.full((1, 1, 2), 3.0), torch.tensor([[500.0]]))
     torch.testing.assert_close(out, torch.full((1, 1, 2), 2.0))
     torch.testing.assert_close(lse, torch.tensor([[500.0 + 0.693147]]))
+
+
+def test_half_types_are_merged_in_float32_and_not_rounded_before() -> None:
+    q, k, v = _parts(10, 1.0)
+    (out, lse), (part, part_lse) = (_attend(q, k[n], v[n]) for n in (slice(4), slice(4, 10)))
+    halves = out.bfloat16(), part.bfloat16()
+    got = merge(halves[0], lse.float(), halves[1], part_lse.float())
+    want = merge(halves[0].double(), lse, halves[1].double(), part_lse)
+    assert got[0].dtype == got[1].dtype == torch.float32
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from padless import VarlenLayout
 from padless.parallel import group as group_module
 from padless.parallel import ulysses
 from padless.parallel.group import SequenceGroup
+from padless.parallel.ring_plan import Options
+from padless.parallel.shard import Shard
 
 
 @pytest.mark.parametrize(
@@ -65,3 +68,23 @@ def test_heads_travel_in_parts_between_hosts(
     out = ulysses.attend_by_heads(q, k, v, (3, 3), group, attend)
     assert seen == [kv_heads // 2 // want] * want
     assert torch.equal(out, q)
+
+
+@pytest.mark.parametrize(
+    "lengths, meets",
+    [([64], False), ([16] * 8, False), ([2, 1], True)],
+    ids=["all share", "nobody shares", "some share"],
+)
+def test_ranks_meet_where_some_have_no_part_in_the_ring(
+    lengths: list[int], meets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[torch.device] = []
+    monkeypatch.setattr(SequenceGroup, "meet", lambda self, device: met.append(device))
+    for rank in range(4):
+        met.clear()
+        shard = Shard.of(
+            VarlenLayout.from_lengths(lengths), SequenceGroup(object(), rank, 4), "ring"
+        )
+        for _ in range(2):
+            shard.ring_plan(Options(True, 1.0, False, "auto", True), torch.device("cpu"))
+        assert len(met) == meets

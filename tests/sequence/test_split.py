@@ -98,4 +98,28 @@ def test_usual_batches_are_balanced(ranks: int, total: int, mean: int) -> None:
 def test_short_documents_stay_whole() -> None:
     # Nothing of them has to travel, but for the few that make totals equal.
     made = split_balanced([200] * 64, 4)
-    assert sum(piece.tokens for rank in range(4) for piece in made.shared(rank)) == 0
+    assert _shared(made) == 0
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("mean", [500, 2048, 8192])
+def test_documents_far_below_a_share_travel_hardly(ranks: int, mean: int) -> None:
+    # However long they are: what counts is that they can be dealt out whole.
+    for seed in range(5):
+        rng = random.Random(seed)
+        lengths = [rng.randint(mean // 8, 2 * mean) for _ in range(24 * ranks)]
+        made = split_balanced(lengths, ranks)
+        assert made.imbalance <= 1.05
+        assert _shared(made) <= 0.15 * sum(lengths)
+
+
+def test_long_document_is_cut_and_short_ones_beside_it_are_not() -> None:
+    lengths = [30000, *[500] * 30]
+    made = split_balanced(lengths, 2)
+    assert made.imbalance <= 1.05
+    travelling = {p.document for rank in range(2) for p in made.shared(rank)}
+    assert 0 in travelling and len(travelling) <= 2
+
+
+def _shared(split: SequenceSplit) -> int:
+    return sum(p.tokens for rank in range(split.ranks) for p in split.shared(rank))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from padless.environment import ranks_per_host
@@ -78,6 +79,14 @@ class SequenceGroup:
             return True
         ranks = dist.get_process_group_ranks(self.process_group)
         return len({rank // number for rank in ranks}) == 1
+
+    def meet(self, device: torch.device) -> None:
+        """Lets all ranks exchange something, which every one of them has to call.
+
+        NCCL connects a group in its first exchange, which waits for ever for a rank that has no
+        part in it.
+        """
+        dist.all_reduce(torch.zeros(1, device=device), group=self.process_group)
 
     def neighbour(self, step: int) -> int:
         """Names the global rank of the process that many places further round the group."""

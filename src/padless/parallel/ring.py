@@ -5,10 +5,15 @@ zhuzilin/ring-flash-attention. Backward calls the kernels' own backward for each
 the logarithms of the sums of all keys: the block's weights are then exactly those of the whole, and
 its gradients its share of theirs. Going back through the merge instead would keep every block's
 output. Backends without such a backward are passed over.
+
+Whatever travels has a block to be computed beside it. Backward goes round the other way: it begins
+with the keys that came last, which are still here, and ends with this rank's own, beside which the
+last sums come home. To begin with its own would leave that return with nothing beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +22,10 @@ from torch import Tensor
 
 from padless.dispatch import no_autocast
 from padless.parallel.group import SequenceGroup
-from padless.parallel.merge import merge_
-from padless.parallel.ring_plan import RingPlan
+from padless.parallel.merge import merge
+from padless.parallel.ring_plan import Block, RingPlan
+
+Pair = tuple[Tensor, Tensor]
 
 
 def attend_in_ring(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, group: SequenceGroup) -> Tensor:
@@ -44,95 +51,111 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, group: SequenceGroup
     ) -> Tensor:
-        ring = _Neighbours(group)
+        ring = _Neighbours(group, plan.shared, 1)
         shared = plan.shared[group.rank]
-        travelling = torch.stack([k[:shared], v[:shared]])
-        arriving = _start_step(ring, travelling, plan, 1)
+        travelling = k[:shared], v[:shared]
+        arriving = ring.start(travelling, 1) if group.size > 1 else None
         out, lse = plan.local.attend(q, k, v)
+        # Behind them are documents that no other rank has a part of.
+        own = out.narrow(0, 0, shared)
+        merged = own.to(lse.dtype) if plan.keeps_exact else own
         for step in range(1, group.size):
             travelling = ring.finish(arriving)
-            arriving = _start_step(ring, travelling, plan, step + 1)
+            arriving = ring.start(travelling, step + 1) if step + 1 < group.size else None
             for block in plan.blocks[step]:
                 part, part_lse = block.attend(block.queries.of(q), *block.keys.of_both(travelling))
-                rows, row_lse = block.queries.of(out), block.queries.of(lse, dim=1)
-                merge_(rows, row_lse, part, part_lse)
-                block.queries.put(out, rows)
+                rows, row_lse = merge(
+                    block.queries.of(merged), block.queries.of(lse, dim=1), part, part_lse
+                )
+                block.queries.put(merged, rows)
                 block.queries.put(lse, row_lse, dim=1)
+        if merged is not own:
+            own.copy_(merged)
         ctx.plan, ctx.group = plan, group
-        result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
-        return result
+        # The keys that came last: where backward begins.
+        kept = travelling if group.size > 1 else (None, None)
+        ctx.save_for_backward(q, k, v, out, lse, *kept)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *travelling = ctx.saved_tensors
         plan: RingPlan = ctx.plan
         group: SequenceGroup = ctx.group
-        ring, exact = _Neighbours(group), lse.dtype
-        shared = plan.shared[group.rank]
-        travelling = torch.stack([k[:shared], v[:shared]])
+        ring, exact = _Neighbours(group, plan.shared, -1), lse.dtype
+        shared, dout = plan.shared[group.rank], dout.contiguous()
+        # In float32 where more than two are added: two are, and rounded once, by adding them.
+        kept = exact if plan.keeps_exact else q.dtype
+        remote_dq: Tensor | None = None
+        arriving: Any = None
+        returning: Any = None
         with no_autocast(q):
-            arriving = _start_step(ring, travelling, plan, 1)
-            dq, dk, dv = (x.to(exact) for x in plan.local.gradients(dout, q, k, v, out, lse))
-            # What the ranks before have added up for keys that are here now.
-            sums: Any = None
-            for step in range(1, group.size):
-                travelling = ring.finish(arriving)
-                arriving = _start_step(ring, travelling, plan, step + 1)
-                grads = torch.zeros_like(travelling, dtype=exact)
-                for block in plan.blocks[step]:
-                    rows = (block.queries.of(x) for x in (dout, q, out, lse.transpose(0, 1)))
-                    dout_b, q_b, out_b, lse_b = rows
-                    dq_b, dk_b, dv_b = block.gradients(
-                        dout_b,
-                        q_b,
-                        *block.keys.of_both(travelling),
-                        out_b,
-                        lse_b.transpose(0, 1).contiguous(),
+            for step in reversed(range(1, group.size)):
+                if arriving is not None:
+                    travelling = ring.finish(arriving)
+                arriving = ring.start(travelling, step - 1) if step > 1 else None
+                found = [
+                    (block, _gradients(block, (dout, q, out), lse, travelling))
+                    for block in plan.blocks[step]
+                ]
+                # What the ranks before have added up for keys that are here now.
+                sums: Any = (None, None) if returning is None else ring.finish(returning)
+                for block, (dq_b, *both) in found:
+                    remote_dq = block.queries.add(remote_dq, dq_b, shared, kept)
+                    sums = tuple(
+                        block.keys.add(total, each, len(travelling[0]), exact)
+                        for total, each in zip(sums, both, strict=True)
                     )
-                    block.queries.add(dq, dq_b)
-                    for grad, each in ((grads[0], dk_b), (grads[1], dv_b)):
-                        block.keys.add(grad, each)
-                if sums is not None:
-                    grads += ring.finish(sums)
-                tokens = plan.shared[(group.rank - step - 1) % group.size]
-                sums = ring.start(grads, (2, tokens, *k.shape[1:]))
-            if sums is not None:
-                home = ring.finish(sums)
-                dk[:shared] += home[0]
-                dv[:shared] += home[1]
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+                if sums[0] is None:
+                    sums = tuple(torch.zeros_like(x, dtype=exact) for x in travelling)
+                returning = ring.start(sums, step - 1)
+            dq, dk, dv = plan.local.gradients(dout, q, k, v, out, lse)
+            if remote_dq is not None:
+                dq.narrow(0, 0, shared).add_(remote_dq)
+            if returning is not None:
+                for own, home in zip((dk, dv), ring.finish(returning), strict=True):
+                    own.narrow(0, 0, shared).add_(home)
+        return dq, dk, dv, None, None
 
 
-def _start_step(ring: _Neighbours, travelling: Tensor, plan: RingPlan, step: int) -> Any:
-    """Hands keys and values on, and begins to receive those of a step; nothing behind the last."""
-    if step >= ring.group.size:
-        return None
-    tokens = plan.shared[(ring.group.rank - step) % ring.group.size]
-    return ring.start(travelling, (2, tokens, *travelling.shape[2:]))
+def _gradients(block: Block, own: tuple[Tensor, ...], lse: Tensor, travelling: Pair) -> Any:
+    """Goes back through a block: own are dout, q and out of all this rank's tokens."""
+    dout, q, out = (block.queries.of(x) for x in own)
+    row_lse = block.queries.of(lse, dim=1).contiguous()
+    return block.gradients(dout, q, *block.keys.of_both(travelling), out, row_lse)
 
 
 class _Neighbours:
-    """Sends to the next rank of the ring while the one in front sends here."""
+    """Sends to the next rank of the ring while the one in front sends here.
 
-    def __init__(self, group: SequenceGroup) -> None:
-        self.group = group
+    Args:
+        group: the ranks.
+        shared: of each rank, how many of its tokens travel.
+        way: 1 to send to the rank behind, -1 to the one in front.
+    """
 
-    def start(self, sent: Tensor, shape: tuple[int, ...]) -> Any:
-        """Begins; the shape is that of what will arrive, which the plan knows."""
-        sent, received = sent.contiguous(), sent.new_empty(shape)
-        pair = (
-            (dist.isend, sent, self.group.neighbour(1)),
-            (dist.irecv, received, self.group.neighbour(-1)),
-        )
+    def __init__(self, group: SequenceGroup, shared: tuple[int, ...], way: int) -> None:
+        self.group, self.shared, self.way = group, shared, way
+
+    def start(self, sent: Sequence[Tensor], step: int) -> Any:
+        """Begins to send; what will arrive is of the rank `step` places in front of this one."""
+        sent = [x.contiguous() for x in sent]
+        tokens = self.shared[(self.group.rank - step) % self.group.size]
+        received = tuple(x.new_empty(tokens, *x.shape[1:]) for x in sent)
+        peers = self.group.neighbour(self.way), self.group.neighbour(-self.way)
         # Nothing is sent where there is nothing to send: both sides know.
         operations = [
-            dist.P2POp(way, x, peer, self.group.process_group) for way, x, peer in pair if x.numel()
+            dist.P2POp(way, x, peer, self.group.process_group)
+            for way, each, peer in zip(
+                (dist.isend, dist.irecv), (sent, received), peers, strict=True
+            )
+            for x in each
+            if x.numel()
         ]
         works = dist.batch_isend_irecv(operations) if operations else []
         return works, sent, received
 
-    def finish(self, started: Any) -> Tensor:
+    def finish(self, started: Any) -> Any:
         """Waits for what has been begun; what was sent is kept until then."""
         works, _, received = started
         for work in works:

@@ -57,21 +57,36 @@ class Rows:
             return x.index_select(dim, self.index)
         return x.narrow(dim, self.stretch.start, self.stretch.stop - self.stretch.start)  # type: ignore[union-attr]
 
-    def of_both(self, pair: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the rows of keys and values `(2, rows, heads, head_dim)`."""
+    def of_both(self, pair: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Takes the rows of keys and of values."""
         return self.of(pair[0]), self.of(pair[1])
 
     def put(self, x: Tensor, rows: Tensor, dim: int = 0) -> None:
-        """Puts back what `of` gave, if it was a copy; of a view x has it already."""
+        """Puts rows where `of` takes them, in the dtype of x."""
         if self.index is not None:
-            x.index_copy_(dim, self.index, rows)
-
-    def add(self, x: Tensor, rows: Tensor) -> None:
-        """Adds to the rows."""
-        if self.index is not None:
-            x.index_add_(0, self.index, rows.to(x.dtype))
+            x.index_copy_(dim, self.index, rows.to(x.dtype))
         else:
-            x[self.stretch] += rows
+            self.of(x, dim).copy_(rows)
+
+    def add(self, total: Tensor | None, rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        """Adds to the rows of a total, in place.
+
+        Args:
+            total: None for zeros.
+            rows: what to add; becomes the total if it is all of its rows, and the first.
+            count: rows of the total.
+            dtype: of the total.
+        """
+        if total is None:
+            if self.index is None and rows.shape[0] == count:
+                return rows.to(dtype)
+            total = rows.new_zeros(count, *rows.shape[1:], dtype=dtype)
+            self.put(total, rows)
+        elif self.index is not None:
+            total.index_add_(0, self.index, rows.to(total.dtype))
+        else:
+            self.of(total).add_(rows)
+        return total
 
 
 @dataclass(eq=False)
@@ -87,22 +102,25 @@ class Block:
     _plans: dict[Any, dispatch.Plan] = field(default_factory=dict)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Attends: out and lse in float32, or float64 from float64."""
+        """Attends: out in q's dtype, and lse in float32, or float64 from float64.
+
+        Note:
+            The caller may write to both, if it calls without gradients: nobody else has kept them.
+        """
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         if not q.shape[0]:
-            return q.to(exact), q.new_zeros(q.shape[1], 0, dtype=exact)
+            return torch.zeros_like(q), q.new_zeros(q.shape[1], 0, dtype=exact)
         out, lse = dispatch.run_with_lse(self.plan(q, k), q, k, v, self._asked())
-        # Copies: both are written to, and a kernel's own backward may have kept them.
-        return out.to(exact, copy=True), lse.to(exact, copy=True)
+        return out.contiguous(), lse.to(exact).contiguous()
 
     def gradients(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, ...]:
-        """Gives dq, dk and dv: these keys' share of them."""
+        """Gives dq, dk and dv: these keys' share of them, from a contiguous dout."""
         if not q.shape[0]:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         plan = self.plan(q, k)
-        return dispatch.gradients(plan, (dout.contiguous(), q, k, v, out), lse, self._asked())
+        return dispatch.gradients(plan, (dout, q, k, v, out), lse, self._asked())
 
     def plan(self, q: Tensor, k: Tensor) -> dispatch.Plan:
         """Chooses the backend, once for all layers of a kind."""
@@ -141,6 +159,14 @@ class RingPlan:
     local: Block
     blocks: tuple[tuple[Block, ...], ...]
     shared: tuple[int, ...]
+
+    @property
+    def keeps_exact(self) -> bool:
+        """Whether results are kept in float32 between steps.
+
+        Where there are two parts, their sum is computed in float32 and rounded once by itself.
+        """
+        return sum(map(len, self.blocks)) > 1
 
     @classmethod
     def of(

@@ -88,7 +88,10 @@ class Shard:
         """Makes this rank's plan, once for all layers."""
         key = (options, device)
         if key not in self._plans:
-            self._plans[key] = RingPlan.of(self.split, self.group.rank, options, device)
+            plan = RingPlan.of(self.split, self.group.rank, options, device)
+            if any(plan.shared) and not all(plan.shared):
+                self.group.meet(device)
+            self._plans[key] = plan
         return self._plans[key]
 
     def attend_in_ring(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:

@@ -15,9 +15,6 @@ from typing import NamedTuple
 
 # What balance costs at most: the largest share of the work over the mean.
 _BALANCED = 1.05
-# Pieces of a document, in tokens: a kernel works on tiles of 64 to 128 queries, so that shorter
-# pieces would leave it half idle. They are allowed where longer ones cannot be balanced.
-_LEAST_PIECES = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
 class Piece(NamedTuple):
@@ -141,7 +138,7 @@ def split_balanced(lengths: Sequence[int], ranks: int) -> SequenceSplit:
         one with the least imbalance.
     """
     best: SequenceSplit | None = None
-    for least in _LEAST_PIECES:
+    for least in _least_pieces(max(lengths, default=0), ranks):
         found = _dealt(lengths, ranks, 2 * ranks * least)
         if found.imbalance <= _BALANCED:
             return found
@@ -149,6 +146,17 @@ def split_balanced(lengths: Sequence[int], ranks: int) -> SequenceSplit:
             best = found
     assert best is not None
     return best
+
+
+def _least_pieces(longest: int, ranks: int) -> list[int]:
+    """Lists what to ask of pieces of a document that is cut, in tokens: powers of 2, descending.
+
+    The first leaves every document whole, but for those that make totals equal. The longer the
+    pieces, the fewer documents are cut, whose keys have to travel; and a kernel works on tiles of
+    64 to 128 queries, so that shorter pieces would leave it half idle.
+    """
+    chunks = -(-longest // (2 * ranks))
+    return [2**power for power in reversed(range(chunks.bit_length() + 1))]
 
 
 def _quotas(total: int, ranks: int) -> list[int]:
