@@ -115,6 +115,7 @@ CASES = (
     Case("ragged_gqa", (5, 1, 0, 17, 33)),
     Case("ragged_mha", (10, 2, 18), num_heads=4, num_kv_heads=4),
     Case("ragged_mqa", (9, 2, 21), num_heads=4, num_kv_heads=1, head_dim=128),
+    Case("seven_heads_a_kv_head", (6, 11), num_heads=14, num_kv_heads=2, head_dim=32),
     Case("tile_edges", (63, 64, 65, 129), num_heads=3, num_kv_heads=1),
     Case("head_dim_96", (7, 12), head_dim=96),
     Case("head_dim_odd", (7, 12), head_dim=33),

@@ -13,11 +13,12 @@ from torch import Tensor
 
 import padless.dispatch
 from attention_cases import CASES, Case, assert_mask_right, assert_numbers_right
+from padless.answers import Selection
 from padless.attention import varlen_attention
 from padless.backends import sdpa
 from padless.backends.request import AttentionRequest
 from padless.layout import VarlenLayout
-from padless.selection import Selection, forget_selections, select_backend
+from padless.selection import forget_selections, select_backend
 
 BACKENDS = ("sdpa", "reference")
 NAN = float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -15,6 +16,7 @@ import torch
 import padless
 from bench_cases import interrupt_at, quick, tiny_model
 from padless.benchmark import run
+from padless.benchmark.clock import Clock, measure_ceilings
 from padless.benchmark.models import sharing_copy, step_flops
 from padless.benchmark.training_step import TrainingStep
 
@@ -56,6 +58,17 @@ def test_floor_is_the_work_on_real_tokens_at_the_ceiling(report: padless.BenchRe
     # Forward alone is a third of the products, and less of attention.
     alone = step_flops(shape, (16, 3), backward=False)
     assert step_flops(shape, (16, 3)) / 3.5 < alone < step_flops(shape, (16, 3)) / 3
+
+
+def test_what_a_cpu_does_at_most_is_not_what_it_does_beside_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock("cpu")
+    times = itertools.cycle([9.0, 2.0, 8.0])
+    monkeypatch.setattr(clock, "elapsed_ms", lambda start, end: next(times))
+    assert measure_ceilings(clock, smoke=True).matmul_tflops == pytest.approx(
+        2 * 128**3 / 2.0 / 1e9
+    )
 
 
 def test_report_is_the_same_after_a_way_through_json(report: padless.BenchReport) -> None:

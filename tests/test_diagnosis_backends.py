@@ -12,6 +12,7 @@ import torch
 from diagnoses import OK, broken, packages
 from kernel_stand_ins import forget, install
 from padless import selection
+from padless.answers import UNMEASURED
 from padless.diagnosis import backends as backends_module
 from padless.diagnosis import questions
 from padless.diagnosis.backends import ask_backends
@@ -20,7 +21,6 @@ from padless.diagnosis.need import REQUESTS as REQUESTS_IN_ORDER
 from padless.diagnosis.need import Usual
 from padless.selection import (
     BACKENDS,
-    UNMEASURED,
     ask_backend,
     forget_selections,
     select_backend,

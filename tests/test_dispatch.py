@@ -13,11 +13,11 @@ from torch import Tensor
 import padless.dispatch
 import padless.workload
 from attention_cases import Case, assert_mask_right, assert_numbers_right
+from padless.answers import Candidate, Selection
 from padless.backends import reference, sdpa
 from padless.backends.request import AttentionRequest
 from padless.errors import BackendUnavailableError
 from padless.layout import VarlenLayout
-from padless.selection import Candidate, Selection
 
 
 @dataclass

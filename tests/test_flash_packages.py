@@ -17,6 +17,7 @@ from kernel_stand_ins import install_package as install
 from padless.backends import fa1, fa2, fa3, fa4
 from padless.backends.request import AttentionRequest
 from padless.layout import VarlenLayout
+from padless.selection import BACKENDS, adapter
 
 FA4 = "flash_attn.cute.interface"
 FA3 = "flash_attn_interface"
@@ -161,6 +162,37 @@ def test_fa2_backward_of_thousands_of_short_sequences_is_refused() -> None:
     assert reason is not None
     assert reason.startswith("the scratch of its backward would pass 2**31 numbers")
     assert fa2.reject_layout(replace(REQUEST, needs_grad=False), many, many) is None
+
+
+@pytest.mark.parametrize(
+    "capability, hip, dtype, serving",
+    [
+        ((7, 0), None, torch.float16, []),
+        ((7, 5), None, torch.float16, []),
+        ((7, 5), None, torch.bfloat16, []),
+        ((8, 0), None, torch.bfloat16, ["torch_varlen", "fa2"]),
+        ((8, 6), None, torch.float16, ["torch_varlen", "fa2"]),
+        ((8, 6), None, torch.float32, []),
+        ((12, 0), None, torch.bfloat16, ["torch_varlen", "fa2"]),
+        # An AMD GPU has numbers of its own there.
+        ((9, 4), "6.4", torch.bfloat16, ["torch_varlen", "fa2"]),
+    ],
+    ids=str,
+)
+def test_a_gpu_is_served_by_what_it_runs_and_not_by_what_imports(
+    capability: tuple[int, int],
+    hip: str | None,
+    dtype: torch.dtype,
+    serving: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, FA2, {"flash-attn": "2.8.3"}, flash_attn_varlen_func=fa2_varlen)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    request = replace(REQUEST, dtype=dtype, num_kv_heads=2)
+    accepted = [name for name in BACKENDS if adapter(name).reject(request) is None]
+    # Everywhere something of torch's own is left.
+    assert accepted == [*serving, "sdpa", "reference"]
 
 
 FP16 = {"dtype": torch.float16, "head_dim": 64}

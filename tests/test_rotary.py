@@ -89,7 +89,8 @@ def test_tables_that_require_grad_get_their_gradients() -> None:
 
 # Every kind that a LLaMA config can name and that needs no more than a factor.
 @pytest.mark.parametrize("rope_type", ["default", "linear", "dynamic", "yarn", "llama3"])
-def test_equals_transformers_for_every_kind_of_table(rope_type: str) -> None:
+@pytest.mark.parametrize("first", [40, 100_000])
+def test_equals_transformers_for_every_kind_of_table(rope_type: str, first: int) -> None:
     scaling: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 10000.0}
     if rope_type != "default":
         scaling |= {"factor": 4.0, "original_max_position_embeddings": 32}
@@ -103,7 +104,7 @@ def test_equals_transformers_for_every_kind_of_table(rope_type: str) -> None:
         rope_parameters=scaling,
     )
     q, k = (draw(50, heads, 16, seed=heads, dtype=torch.float32) for heads in (4, 2))
-    cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(40, 90)[None])
+    cos, sin = LlamaRotaryEmbedding(config)(q, torch.arange(first, first + 50)[None])
     heads_first = (x.transpose(0, 1)[None] for x in (q, k))
     expected = apply_rotary_pos_emb(*heads_first, cos, sin)
     for out, other in zip(apply_rotary(q, k, cos, sin, inplace=False), expected, strict=True):

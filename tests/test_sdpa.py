@@ -69,6 +69,30 @@ def test_packed_attention_with_grouped_heads_is_right_on_every_torch() -> None:
     assert_mask_right(case, "sdpa", torch.float32)
 
 
+# Lengths at which vendors' backward kernels have had NaN where no key scores well: around tiles.
+@pytest.mark.parametrize("lengths", [(704,), (192, 64, 0, 65)], ids=str)
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_sums_whose_logarithm_is_far_below_zero(lengths: tuple[int, ...], backend: str) -> None:
+    case = Case("low", lengths, num_heads=4, head_dim=16, softmax_scale=1.0)
+    inputs = [x.detach().mul_(0.1) for x in case.inputs(torch.float32)]
+    inputs[0] += 3.0
+    inputs[1] -= 3.0
+    # Above it exp() in float32 is not zero.
+    scores = torch.einsum("qhd,kgd->hgqk", *inputs[:2])
+    assert scores.logsumexp(-1).max() < -88.7
+
+    def step(dtype: torch.dtype, by: str) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = case.attend(*leaves, backend=by)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    for got, truth in zip(
+        step(torch.float32, backend), step(torch.float64, "reference"), strict=True
+    ):
+        scale = float(truth.detach().abs().max())
+        torch.testing.assert_close(got.double(), truth, rtol=0.0, atol=2e-4 * scale)
+
+
 def test_dropout_is_passed_on() -> None:
     q, k, _ = heads_first(2)
     # A tenth of weights that sum to 1 is missing from sums of ones, and the rest is scaled up.

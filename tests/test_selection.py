@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from padless import selection
+from padless.answers import Candidate, Selection
 from padless.backends import sdpa
 from padless.backends.request import AttentionRequest
 from padless.errors import BackendUnavailableError
@@ -22,8 +23,6 @@ from padless.layout import VarlenLayout
 from padless.qualification import known_verdict, qualify
 from padless.selection import (
     BACKENDS,
-    Candidate,
-    Selection,
     adapter,
     forget_selections,
     select_backend,

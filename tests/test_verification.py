@@ -15,13 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import padless
 from padless import dispatch, workload
+from padless.answers import Candidate, Selection
 from padless.backends import reference
 from padless.errors import UnsupportedError
 from padless.hf.attention import Projected
 from padless.hf.masks import LayerMask
 from padless.llama import attend, paths
 from padless.llama import engage as engage_module
-from padless.selection import Candidate, Selection
 from padless.unpadded import layer
 from padless.verification import VerifyReport, measure, verify
 from padless.verification import run as run_module

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from padless.answers import Selection
 from padless.backends.request import AttentionRequest, Window
 from padless.environment import autocasts
 from padless.errors import BackendUnavailableError
 from padless.layout import VarlenLayout
-from padless.selection import Selection, adapter, select_backend
+from padless.selection import adapter, select_backend
 from padless.workload import has_little_work
 
 Layouts = tuple[VarlenLayout, VarlenLayout]

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from padless.answers import (
+    UNMEASURED,
+    UNMEASURED_IN_CAPTURE,
+    WRONG,
+    Candidate,
+    Selection,
+    describe,
+    forget_said,
+    warn_of_doubts,
+    warn_of_named,
+)
 from padless.backends.request import AttentionRequest
 from padless.environment import is_compiling
 from padless.errors import BackendUnavailableError
@@ -21,43 +31,8 @@ BACKENDS = ("fa4", "fa3", "torch_varlen", "fa2", "sdpa", "fa1", "reference")
 # What heads are padded to where a backend takes them in these sizes only, or is right in them only.
 HEAD_DIMS = (64, 96, 128, 192, 256)
 
-_logger = logging.getLogger("padless")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One backend's answer to a request.
-
-    Attributes:
-        name: of the backend.
-        head_dim: the size of heads that it was asked for.
-        rejected: why it does not serve; None if it does.
-    """
-
-    name: str
-    head_dim: int
-    rejected: str | None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The chosen backend, with every candidate that was asked on the way.
-
-    Attributes:
-        name: of the backend.
-        head_dim: what q, k and v have to be padded to with zeros, the request's own as a rule. The
-            scale of the scores stays that of the request.
-        trace: the candidates, the chosen one last.
-    """
-
-    name: str
-    head_dim: int
-    trace: tuple[Candidate, ...]
-
-
 # Every layer of every forward asks.
 _selections: dict[tuple[AttentionRequest, str, bool], Selection] = {}
-_said: set[tuple[Any, ...]] = set()
 
 
 def adapter(name: str) -> ModuleType:
@@ -155,7 +130,7 @@ def forget_selections() -> None:
     For what changes while a process runs: a package that was installed, and tests.
     """
     _selections.clear()
-    _said.clear()
+    forget_said()
     forget_verdicts()
 
 
@@ -188,13 +163,14 @@ def _select(request: AttentionRequest, backend: str, passing_over: Mapping[str, 
         if candidate.rejected is None:
             break
     else:
-        reasons = "; ".join(_describe(candidate, request) for candidate in trace)
+        reasons = "; ".join(describe(candidate, request) for candidate in trace)
         raise BackendUnavailableError(f"no backend can serve {request}: {reasons}")
     selection = Selection(candidate.name, candidate.head_dim, tuple(trace))
     if backend == "auto":
-        _warn_of_doubts(selection, request)
+        warn_of_doubts(selection, request)
     else:
-        _warn_of_named(selection, request)
+        asked = replace(request, head_dim=selection.head_dim)
+        warn_of_named(selection, request, known_verdict(adapter(selection.name), asked))
     if not passing_over and not _is_open(selection):
         _selections[request, backend, False] = selection
     return selection
@@ -202,7 +178,7 @@ def _select(request: AttentionRequest, backend: str, passing_over: Mapping[str, 
 
 def _is_open(selection: Selection) -> bool:
     """Whether a backend was passed over that has yet to be measured: not to be remembered."""
-    return any(_UNMEASURED == candidate.rejected for candidate in selection.trace)
+    return any(UNMEASURED_IN_CAPTURE == candidate.rejected for candidate in selection.trace)
 
 
 _LITTLE = "so few tokens are done sooner by what takes the host less time to launch"
@@ -250,69 +226,17 @@ def _ask(
             yield Candidate(name, head_dim, rejected)
 
 
-_WRONG = "computes wrong here: "
-UNMEASURED = "not measured yet"
-_UNMEASURED = (
-    "not measured yet, which it cannot be while a CUDA graph is captured; make the call once before"
-)
-
-
 def _trust(backend: ModuleType, request: AttentionRequest) -> None:
     return None
 
 
 def _measure(backend: ModuleType, request: AttentionRequest) -> str | None:
     verdict = qualify(backend, request)
-    return None if verdict.passed else _WRONG + verdict.reason
+    return None if verdict.passed else WRONG + verdict.reason
 
 
 def _recall(backend: ModuleType, request: AttentionRequest) -> str | None:
     verdict = known_verdict(backend, request)
     if verdict is None:
-        return _UNMEASURED
-    return None if verdict.passed else _WRONG + verdict.reason
-
-
-def _describe(candidate: Candidate, request: AttentionRequest) -> str:
-    padded = candidate.head_dim != request.head_dim
-    size = f" at head_dim {candidate.head_dim}" if padded else ""
-    return f"{candidate.name}{size}: {candidate.rejected}"
-
-
-def _warn_of_doubts(selection: Selection, request: AttentionRequest) -> None:
-    """Says once which backends would have been faster, were they right, and what is used."""
-    used = selection.name
-    if selection.head_dim != request.head_dim:
-        used += f" with heads padded from {request.head_dim} to {selection.head_dim}"
-    told = set()
-    for candidate in selection.trace:
-        reason = candidate.rejected or ""
-        if candidate.name not in told and (reason.startswith(_WRONG) or reason == _UNMEASURED):
-            told.add(candidate.name)
-            _warn_once(
-                (candidate.name, candidate.head_dim, request.dtype, reason),
-                f"{candidate.name} is passed over at head_dim {candidate.head_dim} in "
-                f"{request.dtype}: {reason}; {used} serves instead",
-            )
-    if selection.name == "reference":
-        _warn_once(
-            ("reference", request.device.type, request.dtype),
-            f"no kernel serves {request}, only the formula, which is slow and takes memory: "
-            + "; ".join(_describe(c, request) for c in selection.trace[:-1]),
-        )
-
-
-def _warn_of_named(selection: Selection, request: AttentionRequest) -> None:
-    asked = replace(request, head_dim=selection.head_dim)
-    verdict = known_verdict(adapter(selection.name), asked)
-    if verdict is not None and not verdict.passed:
-        _warn_once(
-            (selection.name, selection.head_dim, request.dtype, "named"),
-            f"{selection.name} {_WRONG}{verdict.reason}; it is used because it was named",
-        )
-
-
-def _warn_once(key: tuple[Any, ...], message: str) -> None:
-    if key not in _said:
-        _said.add(key)
-        _logger.warning("%s", message)
+        return UNMEASURED_IN_CAPTURE
+    return None if verdict.passed else WRONG + verdict.reason

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from golden.models import (
@@ -21,7 +22,7 @@ from golden.models import (
     run_logits,
     truth_logits,
 )
-from golden.steps import judge_step, labels_of, run_step, truth_step, unpadding
+from golden.steps import Step, judge_step, labels_of, run_step, steps_equal, truth_step, unpadding
 from padless.verification import perturbation_probe
 
 pytestmark = pytest.mark.case("patch")
@@ -145,6 +146,26 @@ def test_padding_between_real_tokens(mode: str) -> None:
     with unpadding(model):
         got = run_step(model, ids, real.long(), labels=labels)
     judge_step(got, stock, truth_step(model, ids, real, labels), real)
+
+
+def test_wider_padding_changes_no_bit() -> None:
+    # What is computed is the same row of real tokens, however wide the rectangle around it was.
+    model = build_model().train()
+    ids, real = batch("right")
+    labels = labels_of(ids, real)
+
+    def run(width: int) -> Step:
+        wide = (0, width - ids.shape[1])
+        step = run_step(
+            model,
+            F.pad(ids, wide),
+            F.pad(real.long(), wide),
+            labels=F.pad(labels, wide, value=-100),
+        )
+        return step._replace(logits=step.logits[:, : ids.shape[1]])
+
+    with unpadding(model):
+        assert steps_equal(run(13), run(40))
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import LogitsProcessorList
 
 import padless
 from golden.generating import IS_FAST, REAL, check_cache, check_fast, generate
-from golden.models import HEADS, batch, build_model, since
+from golden.models import HEADS, VERSION, batch, build_model, since, until
 from golden.test_patch_cache import keys_and_values
 from padless.unpadded import mlp, norms
 
@@ -150,6 +151,13 @@ def test_a_conversation_goes_on_from_it() -> None:
     assert report.generation_notes == {"a cache of the caller's": 1}
 
 
+# Later ones fetch them from a hub.
+_IN_TRANSFORMERS = until("4.56", "contrastive search and DoLa inside transformers")
+_CHUNKS = pytest.mark.skipif(
+    Version("5.0") <= VERSION < Version("5.1"), reason="5.0 refuses prompts in chunks"
+)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -166,6 +174,30 @@ def test_a_conversation_goes_on_from_it() -> None:
             "prompt lookup decoding",
             id="prompt-lookup",
             marks=since("4.48", "prompt lookup as it is now"),
+        ),
+        pytest.param(
+            {"assistant_model": build_model(seed=1), "eos_token_id": 2},
+            "assisted decoding",
+            id="assisted",
+            marks=since("4.48", "assisted decoding as it is now"),
+        ),
+        pytest.param(
+            {"prefill_chunk_size": 5},
+            "a prompt in chunks",
+            id="chunks",
+            marks=[since("4.51", "prefill_chunk_size"), _CHUNKS],
+        ),
+        pytest.param(
+            {"penalty_alpha": 0.6, "top_k": 4},
+            "contrastive search",
+            id="contrastive",
+            marks=[since("4.48", "contrastive search as it is now"), _IN_TRANSFORMERS],
+        ),
+        pytest.param(
+            {"dola_layers": "low"},
+            "DoLa decoding",
+            id="dola",
+            marks=[since("4.48", "DoLa as it is now"), _IN_TRANSFORMERS],
         ),
     ],
 )

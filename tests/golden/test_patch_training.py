@@ -27,18 +27,14 @@ from golden.steps import (
 pytestmark = pytest.mark.case("patch")
 
 
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
-@pytest.mark.parametrize(
-    "use_reentrant",
-    [
-        pytest.param(None, id="default"),
-        pytest.param(True, id="reentrant", marks=since("4.35", "the choice of kind")),
-        pytest.param(False, id="non-reentrant", marks=since("4.35", "the choice of kind")),
-    ],
-)
-def test_gradient_checkpointing(padding: str, use_reentrant: bool | None) -> None:
-    model = build_model().train()
-    stock = step_of(model, padding)
+KINDS_OF_CHECKPOINT = [
+    pytest.param(None, id="default"),
+    pytest.param(True, id="reentrant", marks=since("4.35", "the choice of kind")),
+    pytest.param(False, id="non-reentrant", marks=since("4.35", "the choice of kind")),
+]
+
+
+def _enable_checkpointing(model: Any, use_reentrant: bool | None) -> None:
     if use_reentrant is None:
         model.gradient_checkpointing_enable()
     else:
@@ -46,6 +42,14 @@ def test_gradient_checkpointing(padding: str, use_reentrant: bool | None) -> Non
     if use_reentrant is not False:
         # Reentrant checkpoints need an input that requires grad.
         model.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("use_reentrant", KINDS_OF_CHECKPOINT)
+def test_gradient_checkpointing(padding: str, use_reentrant: bool | None) -> None:
+    model = build_model().train()
+    stock = step_of(model, padding)
+    _enable_checkpointing(model, use_reentrant)
     calls = []
     model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
     with unpadding(model):
@@ -53,6 +57,34 @@ def test_gradient_checkpointing(padding: str, use_reentrant: bool | None) -> Non
     # Once forward and once more in the backward: the checkpoint was at work.
     assert len(calls) == 2
     judge_step_of(model, padding, got, stock)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "the other way"])
+@pytest.mark.parametrize("use_reentrant", KINDS_OF_CHECKPOINT)
+def test_two_batches_before_their_backward(
+    use_reentrant: bool | None, order: tuple[int, int]
+) -> None:
+    # As pipelines do: a checkpoint computes again what belongs to a batch before the last one.
+    model = build_model().train()
+
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        losses = []
+        for padding, seqlen in (("left", 13), ("right", 17)):
+            ids, real = batch(padding, seqlen=seqlen)
+            labels = labels_of(ids, real)
+            losses.append(model(ids, attention_mask=real.long(), labels=labels, use_cache=False)[0])
+        for number in order:
+            losses[number].backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+    stock = run()
+    _enable_checkpointing(model, use_reentrant)
+    with unpadding(model):
+        got = run()
+    for name, gradient in stock.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(got[name], gradient, rtol=0.0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])

@@ -14,11 +14,12 @@ from varlen_gpu_cases import CUDA, FA4_WRONG, GPU_CASES, MASK_CASES, SERVED, nee
 import padless.dispatch
 from accuracy import draw
 from attention_cases import CASES, Case, assert_mask_right, assert_numbers_right
+from padless.answers import Selection
 from padless.attention import varlen_attention
 from padless.backends import fa4, torch_varlen
 from padless.backends.request import AttentionRequest
 from padless.layout import VarlenLayout
-from padless.selection import Selection, select_backend
+from padless.selection import select_backend
 from padless.workload import as_if_much_work
 
 pytestmark = pytest.mark.gpu

@@ -34,7 +34,8 @@ def save(place: Place, way: str, folder: str) -> dict[str, Tensor]:
     engine, save_model = WAYS[way]
     wrap, _ = ENGINES[engine]
     model = wrap(build_model().train(), place)
-    padless.patch(model)
+    # The same batch for all ranks, whether they share its sequences or not.
+    padless.patch(model, sequence_mesh=place.mesh if way.startswith("sequences") else None)
     ids, real, labels = global_batch(1, "uneven")
     model(input_ids=ids, attention_mask=real.long(), labels=labels, use_cache=False).loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -87,6 +88,9 @@ def _save_from_all(model: Any, folder: Path, is_first: bool) -> None:
 WAYS: dict[str, tuple[str, Callable[[Any, Path, bool], None]]] = {
     "ddp, save_pretrained": ("ddp", _save_pretrained),
     "ddp, torch.save": ("ddp", _save_pickled),
+    "sequences over ranks, save_pretrained": ("ddp", _save_pretrained),
+    "sequences over ranks, torch.save": ("ddp", _save_pickled),
+    "sequences over ranks, distributed checkpoint": ("fsdp2", _save_sharded),
     "fsdp2, save_pretrained": ("fsdp2", _save_whole_fsdp2),
     "fsdp2, distributed checkpoint": ("fsdp2", _save_sharded),
     "fsdp1, save_pretrained": ("fsdp1", _save_whole_fsdp1),

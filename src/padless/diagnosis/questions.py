@@ -168,7 +168,8 @@ def _ask_one(
     may_measure: Callable[[ModuleType, AttentionRequest], bool],
 ) -> dict[str, Any] | None:
     """Asks one backend as `auto` would: by what it takes, then by its numbers; None if unknown."""
-    from padless.selection import UNMEASURED, ask_backend
+    from padless.answers import UNMEASURED
+    from padless.selection import ask_backend
 
     found = ask_backend(name, request, may_measure)
     if found.rejected == UNMEASURED:

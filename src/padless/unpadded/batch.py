@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from padless.answers import Selection
 from padless.dispatch import Plan
 from padless.generation.decoder import Decoder
 from padless.generation.store import RaggedStore
 from padless.layout import VarlenLayout
 from padless.parallel.shard import Shard
-from padless.selection import Selection
 from padless.unpadded.kept import KeptKeys
 
 # The name under which layers get the batch where unknown arguments reach them.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from padless.selection import Candidate
+from padless.answers import Candidate
 from padless.unpadded.ledger import Ledger
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from padless.answers import Selection
 from padless.attention import varlen_attention
 from padless.backends.request import AttentionRequest
 from padless.dispatch import no_autocast, plan_call, run, validate_layouts
@@ -17,7 +18,6 @@ from padless.hf.eras import Era
 from padless.kernels.rotary import apply_rotary
 from padless.kernels.rotary_keep import rotate_and_keep
 from padless.parallel.ring_plan import Options
-from padless.selection import Selection
 from padless.unpadded.batch import ARGUMENT, FlatBatch, Served
 from padless.unpadded.kept import padded_keys, put_into_cache
 from padless.unpadded.projections import is_plain, project

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from typing import Any
 
-from padless.selection import Candidate
+from padless.answers import Candidate
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.sharding import SequenceParallel
 

@@ -258,3 +258,10 @@ def _rms(x: Tensor) -> float:
 
 def _max(x: Tensor) -> float:
     return float(x.abs().max())
+
+
+def device_name(device: torch.device) -> str:
+    """Names a device for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

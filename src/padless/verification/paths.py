@@ -14,7 +14,7 @@ from padless.llama.handle import Handle
 from padless.unpadded.call import DECODING
 from padless.unpadded.engagement import patch
 from padless.unpadded.handle import PatchHandle
-from padless.verification.report import LayerSummary
+from padless.verification.report import Check, LayerSummary
 
 VerifiedPath = Literal["patch", "sdpa", "flash"]
 PATHS: tuple[VerifiedPath, ...] = ("patch", "sdpa", "flash")
@@ -79,3 +79,13 @@ def _of_original(handle: Handle) -> Served:
         report.batch_tokens // num_layers,
         sum(sum(layer.stock.values()) for layer in report.layers),
     )
+
+
+def check_layers(report: Served, num_layers: int) -> Check:
+    """Judges whether every attention layer was served, each time that it was called."""
+    served = sum(1 for layer in report.layers if layer.calls)
+    left = report.left
+    detail = f"{served} of {num_layers} attention layers went through padless"
+    if left:
+        detail += f", {left} calls were left to the stock path"
+    return Check("layers engaged", served == num_layers and not left, detail)

@@ -17,14 +17,9 @@ from padless.llama.engage import suspended
 from padless.unpadded.engagement import set_aside
 from padless.verification import measure
 from padless.verification.batch import PackedRow, PaddedBatch, pad_rows, read_rows
-from padless.verification.paths import PATHS, Served, VerifiedPath, engaged
+from padless.verification.paths import PATHS, Served, VerifiedPath, check_layers, engaged
 from padless.verification.probe import perturbation_probe
-from padless.verification.report import (
-    Check,
-    PathReport,
-    StepTime,
-    VerifyReport,
-)
+from padless.verification.report import Check, PathReport, StepTime, VerifyReport
 from padless.workload import as_if_much_work
 
 Progress = Callable[[str, int, int], None]
@@ -86,7 +81,7 @@ def verify(
         model=name or type(model).__name__,
         dtype=str(weight.dtype).removeprefix("torch."),
         truth_dtype=str(run.truth_dtype).removeprefix("torch."),
-        device=_device_name(weight.device),
+        device=measure.device_name(weight.device),
         versions={
             "padless": str(package_version("padless") or "source"),
             "torch": torch.__version__,
@@ -197,7 +192,7 @@ class _Run:
             self._stage(f"{path} path: perturbation probe")
             checks.extend(self._check_probe(batch) for batch in self.short)
             report = served()
-            checks.append(_check_layers(report, num_layers))
+            checks.append(check_layers(report, num_layers))
         self._stage(f"{path} path: time of a step")
         step, step_report = self._time_step(path)
         return PathReport(
@@ -294,18 +289,3 @@ class _Run:
 def _backends_for(batch: PaddedBatch) -> AbstractContextManager[None]:
     """Verifies what serves this batch, and on the other side of padding what serves a large one."""
     return as_if_much_work() if batch.side == "left" else nullcontext()
-
-
-def _check_layers(report: Served, num_layers: int) -> Check:
-    served = sum(1 for layer in report.layers if layer.calls)
-    left = report.left
-    detail = f"{served} of {num_layers} attention layers went through padless"
-    if left:
-        detail += f", {left} calls were left to the stock path"
-    return Check("layers engaged", served == num_layers and not left, detail)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
