@@ -269,8 +269,8 @@ def test_a_capture_reads_copies_and_gives_copies(
     own_logits += 1
     assert not logits.any()
     assert cuda_log[6:] == ["replay"]
-    # Another device than the thread's own is entered for it.
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # Another device than the thread's own is entered for it (tests/test_launch.py).
+    monkeypatch.setattr(graph_module, "on_device", torch.cuda.device)
     graph.replay(ids, positions)
     assert cuda_log[6:] == ["replay", "enter", "replay", "leave"]
     graph.release()

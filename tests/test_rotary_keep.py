@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import padless
+from interpreted import passed_in_the_interpreter
 from norm_cases import LAYERS, NEW, build_model, generate
 from padless.generation.store import RaggedStore
 from padless.kernels import rotary_keep, trial
@@ -25,20 +23,7 @@ from rotary_keep_cases import SHAPES, inputs, twin
 
 @pytest.mark.requires("triton")
 def test_kernel_passes_its_tests_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("rotary_keep_interpreted.py")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"],
-        env={**environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    # An empty file, or one that skips, does not pass.
-    summary = done.stdout.strip().splitlines()[-1]
-    passed = re.fullmatch(r"(\d+) passed(?:, \d+ warnings?)? in .*", summary)
-    assert passed and int(passed[1]) > 6 * len(SHAPES), summary
+    assert passed_in_the_interpreter("rotary_keep_interpreted.py") > 6 * len(SHAPES)
 
 
 @pytest.mark.requires("triton")

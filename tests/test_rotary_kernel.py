@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from interpreted import passed_in_the_interpreter
 from rotary_cases import INTERPRETED
 
 
 @pytest.mark.requires("triton")
 def test_kernel_passes_its_tests_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("rotary_interpreted.py")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"],
-        env={**environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    # An empty file, or one that skips, does not pass.
-    summary = done.stdout.strip().splitlines()[-1]
-    passed = re.fullmatch(r"(\d+) passed(?:, \d+ warnings?)? in .*", summary)
-    assert passed and int(passed[1]) > 4 * len(INTERPRETED), summary
+    assert passed_in_the_interpreter("rotary_interpreted.py") > 4 * len(INTERPRETED)
 
 
 # 72 is a multiple of 8 alone, and its half of 4: vectors of 8 bytes, where the others get 16.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import silu_mul_cases
+from interpreted import passed_in_the_interpreter
 from padless.kernels import silu_mul as module
 from padless.kernels import trial
 from padless.kernels.silu_mul import reject_silu_mul, silu_mul
@@ -41,20 +39,7 @@ def test_the_twin_is_transformers_own_expression(dtype: torch.dtype) -> None:
 
 @pytest.mark.requires("triton")
 def test_kernel_passes_its_tests_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("silu_mul_interpreted.py")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"],
-        env={**environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    # An empty file, or one that skips, does not pass.
-    summary = done.stdout.strip().splitlines()[-1]
-    passed = re.fullmatch(r"(\d+) passed(?:, \d+ warnings?)? in .*", summary)
-    assert passed and int(passed[1]) > 2 * len(SHAPES), summary
+    assert passed_in_the_interpreter("silu_mul_interpreted.py") > 2 * len(SHAPES)
 
 
 def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from interpreted import passed_in_the_interpreter
 from padless.kernels import trial, unpad
 from unpad_cases import CASES
 
 
 @pytest.mark.requires("triton")
 def test_kernels_pass_their_tests_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("unpad_interpreted.py")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"],
-        env={**environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    # An empty file, or one that skips, does not pass.
-    summary = done.stdout.strip().splitlines()[-1]
-    passed = re.fullmatch(r"(\d+) passed(?:, \d+ warnings?)? in .*", summary)
-    assert passed and int(passed[1]) > len(CASES) + 20, summary
+    assert passed_in_the_interpreter("unpad_interpreted.py") > len(CASES) + 20
 
 
 MASK = torch.ones(2, 3, dtype=torch.bool)

@@ -32,6 +32,7 @@ __all__ = [
     "is_compiling",
     "is_tracing",
     "package_version",
+    "ranks_per_host",
     "trial_device",
     "versions",
 ]
@@ -127,6 +128,12 @@ def has_fused_rms_norm(device_type: str) -> bool:
         return False
 
 
+def ranks_per_host() -> int | None:
+    """Reads how many processes torchrun has started on each host; None where it has not."""
+    found = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(found) if found.isdigit() and int(found) > 0 else None
+
+
 def is_compiling() -> bool:
     """Whether torch.compile or torch.export is tracing this call."""
     compiler = getattr(torch, "compiler", None)
@@ -218,9 +225,3 @@ def _default_sdpa(device: torch.device) -> str | None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
-
-
-def ranks_per_host() -> int | None:
-    """Reads how many processes torchrun has started on each host; None where it has not."""
-    found = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(found) if found.isdigit() and int(found) > 0 else None

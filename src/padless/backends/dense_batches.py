@@ -33,6 +33,15 @@ class DenseBatches:
     places: Tensor
 
 
+def by_lengths(layout_q: VarlenLayout, layout_k: VarlenLayout) -> dict[tuple[int, int], list[int]]:
+    """Groups the sequences that have queries: their numbers by their lengths in q and in k."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for index, pair in enumerate(zip(layout_q.lengths, layout_k.lengths, strict=True)):
+        if pair[0]:
+            members.setdefault(pair, []).append(index)
+    return members
+
+
 # The layers of a forward share a layout.
 _known: weakref.WeakKeyDictionary[VarlenLayout, dict[int, DenseBatches]] = (
     weakref.WeakKeyDictionary()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from padless.backends.dense_batches import by_lengths
 from padless.backends.limits import in_reach
 from padless.backends.request import AttentionRequest, Window
 from padless.layout import VarlenLayout
@@ -91,12 +92,13 @@ def _reject_gpu(request: AttentionRequest) -> str | None:
     capability = torch.cuda.get_device_capability(request.device)
     if request.dtype == torch.bfloat16 and capability < (8, 0):
         return f"gives them in bfloat16 from compute capability 8.0 on, got {capability}"
-    if request.deterministic and request.needs_grad and not _repeats():
+    if request.deterministic and request.needs_grad and not repeats_gradients():
         return "repeats its gradients under torch.use_deterministic_algorithms(True) only"
     return None
 
 
-def _repeats() -> bool:
+def repeats_gradients() -> bool:
+    """Whether torch was told to have kernels whose gradients repeat, or none."""
     return torch.are_deterministic_algorithms_enabled() and (
         not torch.is_deterministic_algorithms_warn_only_enabled()
     )
@@ -204,12 +206,10 @@ def _parts(layout_q: VarlenLayout, layout_k: VarlenLayout) -> tuple[_Part, ...]:
 
 
 def _group(layout_q: VarlenLayout, layout_k: VarlenLayout) -> tuple[_Part, ...]:
-    members: dict[tuple[int, int], list[int]] = {}
-    for index, pair in enumerate(zip(layout_q.lengths, layout_k.lengths, strict=True)):
-        if all(pair):
-            members.setdefault(pair, []).append(index)
     parts = []
-    for (seqlen_q, seqlen_k), every in members.items():
+    for (seqlen_q, seqlen_k), every in by_lengths(layout_q, layout_k).items():
+        if not seqlen_k:
+            continue
         for first in range(0, len(every), _MOST_SEQUENCES):
             same = every[first : first + _MOST_SEQUENCES]
             shape = (len(same), seqlen_q, seqlen_k)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from padless.backends.dense_batches import dense_batches
+from padless.backends.dense_batches import by_lengths, dense_batches
 from padless.backends.dense_lse import gradients as gradients
 from padless.backends.dense_lse import reject_lse as reject_lse
+from padless.backends.dense_lse import repeats_gradients
 from padless.backends.dense_lse import varlen_with_lse as varlen_with_lse
 from padless.backends.limits import in_reach
 from padless.backends.request import AttentionRequest, Window
@@ -54,10 +55,7 @@ def varlen(
     """Attends within each sequence; see `padless.varlen_attention` for the arguments."""
     left, right = window_size
     window = (left, 0 if causal else right)
-    members: dict[tuple[int, int], list[int]] = {}
-    for index, pair in enumerate(zip(layout_q.lengths, layout_k.lengths, strict=True)):
-        if pair[0]:
-            members.setdefault(pair, []).append(index)
+    members = by_lengths(layout_q, layout_k)
     with _kernels(q, deterministic):
         if len(members) == 1:
             ((seqlen_q, seqlen_k), same) = next(iter(members.items()))
@@ -285,9 +283,5 @@ def _kernels(q: Tensor, deterministic: bool = False) -> AbstractContextManager[N
             enable_flash=False, enable_mem_efficient=False, enable_math=True
         )
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    repeats = torch.are_deterministic_algorithms_enabled() and (
-        not torch.is_deterministic_algorithms_warn_only_enabled()
-    )
-    return sdpa_kernel(
-        [SDPBackend.MATH] if deterministic and not repeats else [*fused, SDPBackend.MATH]
-    )
+    by_formula = deterministic and not repeats_gradients()
+    return sdpa_kernel([SDPBackend.MATH] if by_formula else [*fused, SDPBackend.MATH])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from padless.environment import autocasts
+from padless.kernels.launch import on_device
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,11 +73,8 @@ class StepGraph:
         # The device waits for this: nothing stands in front of the launch that can stand behind it.
         self._ids.copy_(ids)
         self._positions.copy_(positions)
-        if self._device.index == torch.cuda.current_device():
+        with on_device(self._device):
             self._graph.replay()
-        else:
-            with torch.cuda.device(self._device):
-                self._graph.replay()
         # The next replay writes over them, and a caller may keep what it got.
         return self._logits.clone()
 

@@ -5,12 +5,11 @@ Importing this module imports Triton: `padless.kernels.rotary_keep` does so for 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from padless.kernels.launch import on_device
 
 
 @triton.jit
@@ -95,8 +94,7 @@ def rotate_and_keep(
         return
     half = head_dim // 2
     # Triton launches on the current device, which need not be q's.
-    elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
-    with torch.cuda.device_of(q) if elsewhere else nullcontext():
+    with on_device(q.device):
         _rotate_and_keep_kernel[(rows, num_heads + k.shape[1])](
             q,
             k,

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import math
-from contextlib import nullcontext
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from padless.kernels.launch import on_device
 
 _STRIDES = (
     *("stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_oqt", "stride_oqh"),
@@ -167,8 +167,7 @@ def rotate(
     align, strides = _strides(q, k, out_q, out_k, cos, sin)
     tiles = _tiles(num_heads, num_kv_heads, head_dim // 2)
     # Triton launches on the current device, which need not be q's.
-    elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
-    with torch.cuda.device_of(q) if elsewhere else nullcontext():
+    with on_device(q.device):
         _rotary_kernel[(total, tiles.blocks)](
             q,
             k,

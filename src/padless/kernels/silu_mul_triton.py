@@ -5,12 +5,11 @@ Importing this module imports Triton: `padless.kernels.silu_mul` does so when a 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from padless.kernels.launch import on_device
 
 # Numbers of a program: 4 warps at 8 a thread, one vector load of half precision from each side. A
 # step of 16 rows, 14336 wide, then is 224 programs, more than a large GPU has processors.
@@ -49,8 +48,7 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> None:
     if gate.numel() == 0:
         return
     # Triton launches on the current device, which need not be the tensors'.
-    elsewhere = gate.is_cuda and gate.device.index != torch.cuda.current_device()
-    with torch.cuda.device_of(gate) if elsewhere else nullcontext():
+    with on_device(gate.device):
         _silu_mul_kernel[(gate.numel() // width, triton.cdiv(width, _BLOCK))](
             gate, up, out, WIDTH=width, BLOCK=_BLOCK, num_warps=4
         )

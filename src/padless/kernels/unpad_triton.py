@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from padless.kernels.launch import on_device
 from padless.kernels.unpad import IGNORED, FlatTokens, Unpadded
 
 # Slots that a program reads at a time, and rows whose lengths it adds up at a time.
@@ -165,7 +166,7 @@ def unpad(
     out_ids, out_labels, out_shift = (indices if x is None else x for x in outs)
     has = {name: x is not None for name, x in zip(("IDS", "LABELS", "SHIFT"), given, strict=True)}
     # Triton launches on the current device, which need not be the mask's.
-    with torch.cuda.device_of(mask):
+    with on_device(mask.device):
         _count_kernel[(batch,)](
             mask,
             labels,
