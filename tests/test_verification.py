@@ -155,7 +155,7 @@ def test_error_of_the_unpatched_model_is_that_of_a_row_without_padding_too(
 
     monkeypatch.setattr(run_module._Run, "patched", less_exact_when_patched)
     assert _verify(_model(), paths=("patch",)).passed
-    monkeypatch.setattr(run_module._Run, "_widen_by_packed_row", lambda run: None)
+    monkeypatch.setattr(run_module._Run, "_packed_gradients", lambda run: {})
     assert not _verify(_model(), paths=("patch",)).passed
 
 
@@ -164,10 +164,12 @@ def test_row_without_padding_is_not_trusted_if_it_is_wrong(monkeypatch: pytest.M
     monkeypatch.setattr(
         PackedRow, "mask_for", lambda row, dtype: torch.ones_like(row.ids), raising=True
     )
-    widened = []
-    monkeypatch.setattr(measure.Baseline, "widened", lambda *_: widened.append(1))
+    packed, found = run_module._Run._packed_gradients, []
+    monkeypatch.setattr(
+        run_module._Run, "_packed_gradients", lambda run: found.append(packed(run)) or found[-1]
+    )
     assert _verify(_model(), paths=("patch",)).passed
-    assert widened == []
+    assert found == [{}]
 
 
 def test_backend_of_large_batches_is_verified_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from padless.layout import VarlenLayout
 _LITTLE_LAYER = 1e12
 _LITTLE_ATTENTION = 5e10
 
-
 _as_if_much: ContextVar[bool] = ContextVar("padless_as_if_much_work", default=False)
 
 

@@ -113,8 +113,8 @@ def measure_ceilings(
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    product_ms = _least_ms(clock, lambda: torch.mm(a, b), repeats)
-    copy_ms = _least_ms(clock, lambda: target.copy_(source), repeats)
+    product_ms = _usual_ms(clock, lambda: torch.mm(a, b), repeats)
+    copy_ms = _usual_ms(clock, lambda: target.copy_(source), repeats)
     return Ceilings(
         matmul_tflops=2 * size**3 / product_ms / 1e9,
         matmul_size=size,
@@ -124,7 +124,7 @@ def measure_ceilings(
     )
 
 
-def _least_ms(clock: Clock, run: Any, repeats: int) -> float:
+def _usual_ms(clock: Clock, run: Any, repeats: int) -> float:
     for _ in range(3):
         run()
     marks = [clock.mark()]

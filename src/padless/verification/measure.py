@@ -198,11 +198,6 @@ class Baseline(NamedTuple):
         errors = [stock.double() - truth.double() for stock, truth in runs]
         return cls(max(map(_rms, errors)), max(map(_max, errors)))
 
-    def widened(self, stock: Tensor, truth: Tensor) -> Baseline:
-        """Takes one more run into account."""
-        other = Baseline.of([(stock, truth)])
-        return Baseline(max(self.rms, other.rms), max(self.largest, other.largest))
-
 
 def judge(name: str, tensors: Mapping[str, tuple[Tensor, Tensor, Baseline]]) -> Check:
     """Judges tensors by error budget: RMS at most twice, maximum three times the stock model's.
