@@ -215,6 +215,14 @@ def test_without_padding_logits_are_a_view() -> None:
     assert out.logits.shape == (2, 3, VOCAB) and out.logits.data_ptr() == flat.data_ptr()
 
 
+def test_outputs_are_padded_on_the_device_that_they_are_on() -> None:
+    """Where a model is spread over devices, its end need not be where its batch was made flat."""
+    made = CausalLMOutputWithPast(logits=_flat().to("meta"), hidden_states=(_flat(),))
+    out = pad_outputs(made, LAYOUT)
+    assert out.logits.device.type == "meta" and out.logits.shape == (*REAL.shape, VOCAB)
+    assert torch.equal(out.hidden_states[0], _padded())
+
+
 def test_threads_that_read_at_once_see_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     padded = []
     pad = outputs_module._pad

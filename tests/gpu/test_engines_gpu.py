@@ -80,13 +80,15 @@ def test_fsdp1_with_weights_on_the_cpu(when: str) -> None:
     assert (report.forwards, report.stock, len(report.layers)) == (2, {}, LAYERS)
 
 
-@pytest.mark.parametrize("second", ["cuda:1", "cpu"])
-def test_device_map_over_two_devices(second: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("second", "last"), [("cuda:1", CUDA), ("cuda:1", "cuda:1"), ("cpu", CUDA)]
+)
+def test_device_map_over_two_devices(second: str, last: str, tmp_path: Path) -> None:
     if second == "cuda:1" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     build_model().save_pretrained(tmp_path)
     spread = {"model.embed_tokens": CUDA, "model.layers.0": CUDA, "model.layers.1": second}
-    spread |= {"model.norm": CUDA, "model.rotary_emb": CUDA, "lm_head": CUDA}
+    spread |= {"model.norm": last, "model.rotary_emb": CUDA, "lm_head": last}
     model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=spread)
     # Weights on the CPU are copied to the GPU for the time that their layer runs.
     trains = second != "cpu"

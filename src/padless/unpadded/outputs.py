@@ -103,7 +103,8 @@ def pad_on_return(
 
 
 def _pad(flat: Tensor, layout: VarlenLayout) -> Tensor:
-    return layout.pad(flat[0])  # (1, total, ...) to (batch, seqlen, ...)
+    # Where a model is spread over devices, its end need not be where its batch was made flat.
+    return layout.to(flat.device).pad(flat[0])  # (1, total, ...) to (batch, seqlen, ...)
 
 
 def _whole(flat: Tensor, gather: Callable[[Tensor], Tensor] | None) -> Tensor:
