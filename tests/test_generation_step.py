@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 import padless
 from norm_cases import build_model, generate
 from padless.generation import graph as graph_module
+from padless.generation import runner
 from padless.unpadded import ended, session
 
 # Ids and positions go in; logits come out, in memory that the next replay leaves alone.
@@ -62,7 +63,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
     monkeypatch.setattr(graph_module, "_side_stream", lambda device: None)
-    monkeypatch.setattr(session, "run_on_side_stream", lambda step, *given: step(*given))
+    monkeypatch.setattr(runner, "run_on_side_stream", lambda step, *given: step(*given))
     monkeypatch.setattr(session, "uncapturable_reason", lambda head: None)
     seen: list[Counter[str]] = []
     serve = session.Session.serve

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import padless
-from padless.unpadded import proof, session
+from padless.generation.runner import StepRunner
+from padless.unpadded import proof
 
 STEPS = 9
 
@@ -148,14 +149,14 @@ def test_a_transformers_that_nobody_has_tested_is_tried_first(
     monkeypatch.setattr(proof, "NEWEST_TESTED", Version("4.48"))
     monkeypatch.setattr(proof, "_generation_faults", {})
     if fault is not None:
-        sound = session.Session._run
+        sound = StepRunner.run
 
         def run(self: Any, ids: Tensor, positions: Tensor) -> Tensor:
             if fault == "raises":
                 raise AttributeError("no such thing as a cache")
             return sound(self, ids, positions).flip(-1)
 
-        monkeypatch.setattr(session.Session, "_run", run)
+        monkeypatch.setattr(StepRunner, "run", run)
     with padless.patch(model) if patch == "model" else padless.patch_llama() as handle:
         assert torch.equal(_generate(model), want)
         report = handle.report()

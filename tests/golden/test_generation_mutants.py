@@ -16,6 +16,7 @@ from golden.models import VERSION, batch, build_model
 from golden.test_patch_cache import keys_and_values
 from padless.backends import sdpa
 from padless.generation import decoder
+from padless.generation.runner import StepRunner
 from padless.generation.store import RaggedStore
 from padless.unpadded import session
 
@@ -102,13 +103,13 @@ def _swapped(sound: Any, q: Tensor, k: Tensor, v: Tensor, rows: Any, **options: 
 
 def _columns_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     # Positions of slots instead of those that generate hands over.
-    sound = session.Session._run
+    sound = StepRunner.run
 
     def run(self: Any, ids: Tensor, positions: Tensor) -> Tensor:
-        store = self._batch.store
+        store = self._step.__self__._batch.store
         return sound(self, ids, torch.full_like(positions, store.columns))
 
-    monkeypatch.setattr(session.Session, "_run", run)
+    monkeypatch.setattr(StepRunner, "run", run)
 
 
 def _written_beside(monkeypatch: pytest.MonkeyPatch) -> None:

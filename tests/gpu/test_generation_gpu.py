@@ -21,6 +21,7 @@ from transformers import LogitsProcessorList
 import padless
 from padless.backends import fa4, sdpa, torch_varlen
 from padless.backends.request import AttentionRequest
+from padless.generation import runner
 from padless.generation import store as stores
 from padless.qualification.decoding import judge_decoding
 from padless.unpadded import ended, session
@@ -174,8 +175,8 @@ def test_a_graph_is_captured_anew_where_buffers_grow(monkeypatch: pytest.MonkeyP
     model = build_model()
     want = generate(model, new=120)
     captured = []
-    capture = session.StepGraph
-    monkeypatch.setattr(session, "StepGraph", lambda *args: (captured.append(1), capture(*args))[1])
+    capture = runner.StepGraph
+    monkeypatch.setattr(runner, "StepGraph", lambda *args: (captured.append(1), capture(*args))[1])
     with padless.patch(model) as handle:
         stop = [_StopAt(max(LENGTHS) + 120)]
         got = generate(model, new=None, max_length=10_000, stopping_criteria=stop)

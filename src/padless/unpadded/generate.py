@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from padless.hf.eras import Era
+from padless.unpadded.late_stop import LateStop, is_seen_by_nobody
 from padless.unpadded.ledger import Ledger
 from padless.unpadded.session import Session
 
@@ -64,12 +66,13 @@ def generate_with_session(
             _end_tokens(self, asked),
         )
         result = None
-        with session.in_force():
+        late_stop = _late_stop(session, inner, asked)
+        with session.in_force(), late_stop.in_force() if late_stop else nullcontext():
             try:
                 result = inner(*args, **kwargs)
             finally:
                 session.finish(result)
-        return result
+        return result if late_stop is None else late_stop.trim(result)
 
     return generate
 
@@ -146,3 +149,18 @@ def _end_tokens(model: Any, asked: dict[str, Any]) -> tuple[int, ...]:
         found = found.tolist()
     found = found if isinstance(found, (list, tuple)) else [found]
     return tuple(found) if all(type(each) is int for each in found) else ()
+
+
+# Who is handed something of every step, and would see one too many.
+_SEES_STEPS = (
+    "return_dict_in_generate", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
+    "streamer", "synced_gpus",
+)  # fmt: skip
+
+
+def _late_stop(session: Session, inner: Generate, asked: dict[str, Any]) -> LateStop | None:
+    """Makes what reads a step late whether the call is over; None where somebody could tell."""
+    head = session.head
+    if any(_value(head, asked, name) for name in _SEES_STEPS) or not is_seen_by_nobody(head, inner):
+        return None
+    return LateStop(session, samples=bool(_value(head, asked, "do_sample")))

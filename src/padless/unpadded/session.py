@@ -17,7 +17,8 @@ from torch import Tensor
 from padless.errors import BackendUnavailableError
 from padless.generation.cache import attach_store, discard, settle, store_of
 from padless.generation.decoder import decoder_of
-from padless.generation.graph import StepGraph, run_on_side_stream, uncapturable_reason
+from padless.generation.graph import uncapturable_reason
+from padless.generation.runner import StepRunner
 from padless.generation.store import RaggedStore
 from padless.hf.eras import Era
 from padless.unpadded.batch import FlatBatch
@@ -28,9 +29,6 @@ from padless.unpadded.ledger import Ledger
 from padless.unpadded.mlp import MLP
 from padless.unpadded.norms import NORM
 from padless.unpadded.prompts import RIGHT_PADDING, prompt_reason, read_prompt, step_reason
-
-# Steps that run eagerly in front of a capture: kernels compile and libraries set up in the first.
-_WARM_UP = 1
 
 _current: ContextVar[Session | None] = ContextVar("padless_generate", default=None)
 
@@ -65,7 +63,6 @@ class Session:
         self.head = head
         self.cache: Any = None
         self.steps = 0
-        self.replays = 0
         self._era = era
         self._most = most
         self._refusal = refusal
@@ -80,9 +77,7 @@ class Session:
         self._has_mask = False
         self._batch: FlatBatch | None = None
         self._decoder = ""
-        self._graph: StepGraph | None = None
-        self._eager: str | None = None
-        self._warm = 0
+        self._runner: StepRunner | None = None
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -92,8 +87,7 @@ class Session:
             yield
         finally:
             _current.reset(token)
-            self._drop_graph()
-            self._batch = None
+            self._let_go()
 
     def finish(self, result: Any) -> None:
         """Hands the cache back in transformers' own form, if it is part of the result.
@@ -108,9 +102,10 @@ class Session:
                 discard(self.cache)
         if self._ledger is not None and self.cache is not None:
             kept = None if self._ended is None else self._ended.kept
+            replays = 0 if self._runner is None else self._runner.replays
             left_out = 0 if kept is None else self._rows - kept.shape[0]
             self._ledger.count_generation(
-                self._decoder, steps=self.steps, replays=self.replays, left_out=left_out
+                self._decoder, steps=self.steps, replays=replays, left_out=left_out
             )
 
     def serve(self, arguments: dict[str, Any], ledger: Ledger) -> Any:
@@ -137,6 +132,15 @@ class Session:
             self._close(reason)
         return outputs
 
+    @property
+    def replays_next(self) -> bool:
+        """Whether the next step, if there is to be one, is sure to be a replay of the graph."""
+        store = store_of(self.cache) if self._runner and self._runner.has_graph else None
+        if store is None or store.longest >= store.capacity:
+            return False
+        # With the newest token, which no step has seen yet.
+        return self._most is None or store.columns + 1 < self._most
+
     def takes_stock_prompt(self) -> bool:
         """Whether the forward that was not served has to compute its padding; asked once."""
         taken, self._is_stock_prompt = self._is_stock_prompt, False
@@ -147,10 +151,14 @@ class Session:
         self._is_open = False
         if self._ledger is not None:
             self._ledger.note_generation(reason)
-        self._drop_graph()
-        self._batch = None
+        self._let_go()
         if self.cache is not None:
             settle(self.cache)
+
+    def _let_go(self) -> None:
+        if self._runner is not None:
+            self._runner.release()
+        self._batch = None
 
     # The prompt
 
@@ -190,9 +198,10 @@ class Session:
             end_tokens = torch.tensor(self._end_tokens, device=logits.device)
             self._ended = EndedRows(end_tokens, self._rows)
         self._decoder = decoder.name
-        self._eager = uncapturable_reason(self.head)
-        if logits.is_cuda and self._eager is not None:
-            ledger.note_generation(f"steps without a CUDA graph: {self._eager}")
+        eager = uncapturable_reason(self.head)
+        self._runner = StepRunner(self._compute, eager, self._note_eager)
+        if logits.is_cuda and eager is not None:
+            self._note_eager(eager)
         return self._outputs(logits.unsqueeze(1)), None
 
     def _attach(self, arguments: dict[str, Any], store: RaggedStore) -> None:
@@ -238,14 +247,14 @@ class Session:
         if ended is not None:
             ended.see(ids)
             ended.leave_out(store)
-        batch = self._batch
-        assert batch is not None
+        batch, runner = self._batch, self._runner
+        assert batch is not None and runner is not None
         if batch.layout.batch != store.batch:
             assert batch.decoder is not None
             self._batch = FlatBatch.of_step(store, batch.decoder)
-            self._capture_anew()
+            runner.begin_anew()
         if store.make_room():
-            self._capture_anew()
+            runner.begin_anew()
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.full_like(ids, store.columns)
@@ -253,30 +262,10 @@ class Session:
             positions = positions.expand(rows, 1)
         if ended is not None:
             ids, positions = ended.pick(ids), ended.pick(positions)
-        logits = self._run(ids, positions)
+        logits = runner.run(ids, positions)
         store.count_step()
         self.steps += 1
         return self._outputs(logits if ended is None else ended.spread(logits)), None
-
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Computes a step's logits, `(batch, 1, vocab_size)`; by the graph where there is one."""
-        if self._eager is not None:
-            return self._compute(ids, positions)
-        if self._warm < _WARM_UP:
-            self._warm += 1
-            return run_on_side_stream(self._compute, ids, positions)
-        if self._graph is None:
-            try:
-                self._graph = StepGraph(self._compute, ids, positions)
-            except Exception as error:
-                # Whatever inside the model does not suit a capture; nothing has run.
-                lines = str(error).strip().splitlines() or [""]
-                self._eager = f"{type(error).__name__}: {lines[0]}"
-                assert self._ledger is not None
-                self._ledger.note_generation(f"steps without a CUDA graph: {self._eager}")
-                return self._compute(ids, positions)
-        self.replays += 1
-        return self._graph.replay(ids, positions)
 
     def _compute(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The step itself, of `(batch, 1)`; what it needs of the host is known before it begins."""
@@ -288,12 +277,6 @@ class Session:
         logits: Tensor = self.head.lm_head(self._hidden(batch, flat))
         return logits.transpose(0, 1)
 
-    def _capture_anew(self) -> None:
-        # Other shapes may be other kernels, which a capture does not load.
-        self._drop_graph()
-        self._warm = 0
-
-    def _drop_graph(self) -> None:
-        if self._graph is not None:
-            self._graph.release()
-            self._graph = None
+    def _note_eager(self, reason: str) -> None:
+        if self._ledger is not None:
+            self._ledger.note_generation(f"steps without a CUDA graph: {reason}")
