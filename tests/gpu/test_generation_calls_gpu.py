@@ -88,9 +88,11 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why() -> None:
         assert report.graph_replays == 0 and report.decoding_steps == 47
         (note,) = report.generation_notes
         assert note.startswith("steps without a CUDA graph: ")
-        # And CUDA goes on.
+        # And CUDA goes on, random numbers included.
         assert torch.equal(generate(model), want)
+        sampled = generate(model, do_sample=True)
     assert torch.equal(got, want)
+    assert torch.equal(sampled, generate(model, do_sample=True))
 
 
 def test_hooks_inside_the_model_are_run_at_every_step() -> None:

@@ -93,6 +93,13 @@ def _end_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -
         # Where CUDA refuses to end the capture, the allocator may not have been told.
         with contextlib.suppress(RuntimeError):
             end(device.index, pool)
+    # torch has told the generator that a capture is under way, and does not tell it that one went
+    # wrong: every random number after that would raise. The end of a sound one sets it right.
+    sound = torch.cuda.CUDAGraph()
+    with contextlib.suppress(RuntimeError):
+        sound.capture_begin(torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+        torch.zeros(1, device=device)
+        sound.capture_end()
 
 
 # Torch captures one graph at a time in a process.
