@@ -97,7 +97,7 @@ def test_a_capture_has_them_too(
     class Captured(StepGraph):
         def __init__(self, step: Callable[..., Tensor], *given: Tensor) -> None:
             self.step = step
-            assert not step.__self__._runner.has_graph  # type: ignore[attr-defined]
+            assert step.__self__._runner._graph is None  # type: ignore[attr-defined]
 
         def replay(self, *given: Tensor) -> Tensor:
             before = len(calls)

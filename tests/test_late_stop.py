@@ -1,6 +1,6 @@
 """A `generate` call reads a token late whether it is over; the results are as if it had not.
 
-Graphs are stand-ins here: a step is only launched ahead where it is a replay.
+Graphs are stand-ins here: a step is only launched ahead where steps are replays.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def test_the_next_step_is_launched_before_the_answer_is_read(
     monkeypatch.setattr(late_stop._Answer, "read", note("read", read))
     with padless.patch(model):
         generate(model, new=8)
-    # The prompt and a warm step answer at once, and so does the last step, which is known to be.
-    assert log == ["replay", "ask"] + 4 * ["replay", "ask", "read"] + ["replay", "read"]
+    # Behind the prompt and a warm step come six replays, the last of which is known to be it.
+    assert log == ["ask", "ask", "read"] + 5 * ["replay", "ask", "read"] + ["replay", "read"]
 
 
 class _Listener:

@@ -44,12 +44,12 @@ class StepGraph:
             x.clone(memory_format=torch.contiguous_format) for x in (ids, positions)
         )
         self._graph = torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph, which leaves its stream the current one where a capture fails, and
-        # empties the allocator's cache in front of each.
+        # Not torch.cuda.graph, which leaves its stream the current one where a capture fails, and in
+        # front of each empties the allocator's cache and waits for the device: that is busy with
+        # the prompt, behind which the capture costs nothing.
         self._device = ids.device
         side = _side_stream(ids.device)
         with _capturing, torch.cuda.device(ids.device), torch.cuda.stream(side):
-            torch.cuda.synchronize()
             # Other threads of the process may allocate meanwhile.
             pool = torch.cuda.graph_pool_handle()
             self._graph.capture_begin(pool, capture_error_mode="thread_local")

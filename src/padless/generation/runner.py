@@ -33,9 +33,9 @@ class StepRunner:
         self._warm = 0
 
     @property
-    def has_graph(self) -> bool:
-        """Whether the next step is a replay."""
-        return self._graph is not None
+    def is_eager(self) -> bool:
+        """Whether no step is, or will be, a replay."""
+        return self._eager is not None
 
     def run(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Computes a step's logits, `(batch, 1, vocab_size)`.

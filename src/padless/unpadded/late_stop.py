@@ -63,7 +63,7 @@ class LateStop:
             is_over: bool `()`, whether all rows have ended, on the device.
         """
         before, self._unread = self._unread, None
-        asked = self._ask(is_over) if self.session.replays_next else None
+        asked = self._ask(is_over) if self.session.may_run_ahead else None
         if before is not None:
             if before.read():
                 self.is_past = True

@@ -133,9 +133,12 @@ class Session:
         return outputs
 
     @property
-    def replays_next(self) -> bool:
-        """Whether the next step, if there is to be one, is sure to be a replay of the graph."""
-        store = store_of(self.cache) if self._runner and self._runner.has_graph else None
+    def may_run_ahead(self) -> bool:
+        """Whether the next step may be launched before it is known that there is to be one."""
+        if not self._is_open or self._runner is None or self._runner.is_eager:
+            return False
+        store = store_of(self.cache)
+        # Buffers that grow would be more than a step too many.
         if store is None or store.longest >= store.capacity:
             return False
         # With the newest token, which no step has seen yet.
