@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,21 @@ class Generating:
 
 
 Builder = Callable[[], Generating]
+
+# Roundings of a score by which two first tokens may differ and be equally good.
+_TIE = 4
+
+
+class Truth(NamedTuple):
+    """What variants have to generate.
+
+    Attributes:
+        tokens: int64 `(batch, number)`.
+        ties: bool `(batch, vocab_size)`, first tokens that score as high to some roundings.
+    """
+
+    tokens: Tensor
+    ties: Tensor
 
 
 class Generation:
@@ -176,7 +191,7 @@ class Generation:
         manager = Continuous(sharing_copy(self.model, attention), rows, seqlen, tokens)
         return Generating(manager.generate, prepare=Prompts.listed, close=manager.close)
 
-    def find_truth(self, prompts: Prompts, tokens: int) -> Tensor | None:
+    def find_truth(self, prompts: Prompts, tokens: int) -> Truth | None:
         """Generates what the variants have to, by transformers' default; None if it does not fit.
 
         Args:
@@ -186,12 +201,22 @@ class Generation:
         made = self.stock("sdpa")
         try:
             with trusted_sdpa():
-                return made.generate(made.prepare(prompts), tokens).cpu()
+                inputs = made.prepare(prompts)
+                found = made.generate(inputs, tokens).cpu()
+                return Truth(found, _equally_good(self.model, inputs))
         except RuntimeError as error:
             # Not of the batch's size alone: some kernels fail before the memory is full.
             _logger.warning("tokens are not compared: %s", str(error).splitlines()[0])
         free_memory()
         return None
+
+
+def _equally_good(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Finds the first tokens that score as high as the best: `(batch, vocab_size)`."""
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    scores = model.generate(**inputs, max_new_tokens=1, **options).logits[0].float().cpu()
+    best = scores.amax(-1, keepdim=True)
+    return scores >= best - _TIE * torch.finfo(model.dtype).eps * best.abs()
 
 
 def _generate(model: Any, options: dict[str, Any], inputs: dict[str, Tensor], count: int) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import generation, names
+from benchmarks import generation, generation_variants, names
 from benchmarks.continuous import Continuous
 from benchmarks.generation_timing import measure_generation
-from benchmarks.generation_variants import Generating, Generation
+from benchmarks.generation_variants import Generating, Generation, Truth
 from benchmarks.prompts import Prompts, make_prompts, new_widths
 
 from benchmark_runs import HandClock, smoke_record
@@ -149,9 +149,12 @@ def test_turns_have_prompts_of_their_own_or_one_shape(tiny: Generation) -> None:
 
 def test_rows_run_to_the_end_whatever_token_comes(tiny: Generation) -> None:
     prompts = _prompts()
-    tokens = tiny.find_truth(prompts, 8)
-    assert tokens is not None
-    assert tokens.shape == (3, 8)
+    truth = tiny.find_truth(prompts, 8)
+    assert truth is not None
+    assert truth.tokens.shape == (3, 8)
+    # In float32 nothing ties with the best but itself.
+    assert truth.ties.shape == (3, SMOKE.vocab_size)
+    assert torch.equal(truth.ties.nonzero()[:, 1], truth.tokens[:, 0])
     assert tiny.model.generation_config.eos_token_id is None
     assert tiny.model.config.eos_token_id is None
 
@@ -159,10 +162,11 @@ def test_rows_run_to_the_end_whatever_token_comes(tiny: Generation) -> None:
 def test_new_columns_change_no_token(tiny: Generation) -> None:
     prompts = _prompts()
     truth = tiny.find_truth(prompts, 6)
+    assert truth is not None
     for build in (lambda: tiny.stock("sdpa"), lambda: tiny.padless("sdpa")):
         variant = build()
         found = variant.generate(variant.prepare(prompts.widened(5)), 6)
-        torch.testing.assert_close(found, truth)
+        torch.testing.assert_close(found, truth.tokens)
         variant.close()
 
 
@@ -251,7 +255,8 @@ def test_continuous_batching_answers_in_order_or_says_why_not() -> None:
 @pytest.mark.parametrize("at_least", [0.5, 1.0])
 def test_other_tokens_are_wrong_numbers(at_least: float) -> None:
     truth = torch.arange(12).reshape(4, 3)
-    check = generation.make_check(truth, (4, 3), at_least=at_least)
+    ties = torch.zeros(4, 20, dtype=torch.bool)
+    check = generation.make_check(Truth(truth, ties), (4, 3), at_least=at_least)
     assert check(truth) == {"same_first_tokens": 1.0, "same_early_tokens": 1.0}
 
     first, last = truth.clone(), truth.clone()
@@ -267,6 +272,22 @@ def test_other_tokens_are_wrong_numbers(at_least: float) -> None:
     with pytest.raises(WrongNumbersError, match=r"\(4, 2\) tokens instead of \(4, 3\)"):
         check(truth[:, :2])
     assert generation.make_check(None, (4, 3), at_least=1.0)(first) == {}
+    # One that scores as high is no wrong first token.
+    ties[torch.arange(3), first[:3, 0]] = True
+    if at_least < 1.0:
+        assert check(first)["same_first_tokens"] == 1.0
+
+
+def test_scores_within_some_roundings_tie(
+    tiny: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eps = torch.finfo(tiny.model.dtype).eps
+    scores = torch.tensor([[1.0, 1 - 3 * eps, 1 - 6 * eps, -1.0]])
+    found = SimpleNamespace(logits=(scores,))
+    monkeypatch.setattr(type(tiny.model), "generate", lambda self, **options: found)
+    assert generation_variants._equally_good(tiny.model, {}).tolist() == [
+        [True, True, False, False]
+    ]
 
 
 # --- timing

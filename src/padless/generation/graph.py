@@ -44,8 +44,8 @@ class StepGraph:
             x.clone(memory_format=torch.contiguous_format) for x in (ids, positions)
         )
         self._graph = torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph, which leaves its stream the current one where a capture fails, and in
-        # front of each empties the allocator's cache and waits for the device: that is busy with
+        # Not torch.cuda.graph, which leaves its stream the current one where a capture fails, and
+        # empties the allocator's cache in front of each and waits for the device: that is busy with
         # the prompt, behind which the capture costs nothing.
         self._device = ids.device
         side = _side_stream(ids.device)
