@@ -36,6 +36,9 @@ def title(table: Json) -> str:
     if table.get("floor_ms"):
         work = f"{number(table['flops'] / 1e12)} TFLOP"
         text += f"; {work} take {number(table['floor_ms'])} ms at the ceiling"
+    if "measured" in table:
+        # Of another run than the record's.
+        text += f"; measured apart, commit {table['measured']['commit'] or 'not known'}"
     return text
 
 
