@@ -122,6 +122,17 @@ def _kv_heads_swapped() -> Any:
     return mock.patch.object(shard, "attend_by_heads", attend_by_heads)
 
 
+def _no_ring_on_the_last_rank() -> Any:
+    import torch.distributed as dist
+
+    from padless.unpadded import sharding
+
+    def serves_ring(*arguments: Any) -> bool:
+        return dist.get_rank() < dist.get_world_size() - 1
+
+    return mock.patch.object(sharding, "serves_ring", serves_ring)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "a position at a border": _wrong_position,
     "positions from zero": _positions_from_zero,
@@ -133,5 +144,6 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "documents joined": _one_document,
     "the gradient of a rank's own part": _gradient_of_own_part,
     "KV heads swapped": _kv_heads_swapped,
+    "no ring on the last rank": _no_ring_on_the_last_rank,
     "none": contextlib.nullcontext,
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from padless import dispatch
 from padless.backends.request import AttentionRequest
+from padless.errors import BackendUnavailableError
 from padless.layout import VarlenLayout
 from padless.parallel.blocks import Range, local_lengths, visible_blocks
 from padless.parallel.split import SequenceSplit
@@ -143,6 +144,30 @@ class Block:
             "window_size": (None, None),
             "deterministic": self.options.deterministic,
         }
+
+
+def serves_ring(request: AttentionRequest, backend: str, tokens: int) -> bool:
+    """Whether a backend other than the reference would compute the blocks of a ring.
+
+    Args:
+        request: what is asked, but for whether queries see later keys: a ring has blocks of both.
+        backend: of `varlen_attention`, or "auto".
+        tokens: of a rank.
+
+    Note:
+        May measure backends, as the ring itself would.
+    """
+    layout = VarlenLayout.from_lengths([tokens], device=request.device)
+    for causal in (True, False):
+        try:
+            plan = dispatch.plan_call(
+                replace(request, causal=causal), backend, layout, layout, needs_lse=True
+            )
+        except BackendUnavailableError:
+            return False
+        if plan.selection.name == "reference":
+            return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)
