@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from padless.dispatch import no_autocast
+from padless.kernels.merge import merge_rows
 from padless.parallel.group import SequenceGroup
-from padless.parallel.merge import merge
 from padless.parallel.ring_plan import Block, RingPlan
 
 Pair = tuple[Tensor, Tensor]
@@ -64,11 +64,7 @@ class _Ring(torch.autograd.Function):
             arriving = ring.start(travelling, step + 1) if step + 1 < group.size else None
             for block in plan.blocks[step]:
                 part, part_lse = block.attend(block.queries.of(q), *block.keys.of_both(travelling))
-                rows, row_lse = merge(
-                    block.queries.of(merged), block.queries.of(lse, dim=1), part, part_lse
-                )
-                block.queries.put(merged, rows)
-                block.queries.put(lse, row_lse, dim=1)
+                merge_rows(merged, lse, part, part_lse, block.queries.place)
         if merged is not own:
             own.copy_(merged)
         ctx.plan, ctx.group = plan, group

@@ -52,6 +52,11 @@ class Rows:
         found = [torch.arange(start, stop) for start, stop in ranges]
         return cls(None, torch.cat(found).to(device, non_blocking=True))
 
+    @property
+    def place(self) -> slice | Tensor:
+        """What they are picked by."""
+        return self.stretch if self.stretch is not None else self.index  # type: ignore[return-value]
+
     def of(self, x: Tensor, dim: int = 0) -> Tensor:
         """Takes the rows: a view of a stretch, else a copy."""
         if self.index is not None:
@@ -62,12 +67,12 @@ class Rows:
         """Takes the rows of keys and of values."""
         return self.of(pair[0]), self.of(pair[1])
 
-    def put(self, x: Tensor, rows: Tensor, dim: int = 0) -> None:
+    def put(self, x: Tensor, rows: Tensor) -> None:
         """Puts rows where `of` takes them, in the dtype of x."""
         if self.index is not None:
-            x.index_copy_(dim, self.index, rows.to(x.dtype))
+            x.index_copy_(0, self.index, rows.to(x.dtype))
         else:
-            self.of(x, dim).copy_(rows)
+            self.of(x).copy_(rows)
 
     def add(self, total: Tensor | None, rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         """Adds to the rows of a total, in place.
