@@ -86,7 +86,13 @@ class Rows:
         if total is None:
             if self.index is None and rows.shape[0] == count:
                 return rows.to(dtype)
-            total = rows.new_zeros(count, *rows.shape[1:], dtype=dtype)
+            total = rows.new_empty(count, *rows.shape[1:], dtype=dtype)
+            if self.stretch is None:
+                total.zero_()
+            else:
+                # Zeros where nothing is put, and not under it.
+                total[: self.stretch.start].zero_()
+                total[self.stretch.stop :].zero_()
             self.put(total, rows)
         elif self.index is not None:
             total.index_add_(0, self.index, rows.to(total.dtype))
