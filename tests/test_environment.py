@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,3 +182,17 @@ def test_nvidia_driver(
 def test_nvidia_driver_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert nvidia_driver() == (None, ())
+
+
+@pytest.mark.parametrize("by_device", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_dtype_of_autocast_is_told_by_every_torch(
+    by_device: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_device and not environment._AUTOCAST_BY_DEVICE:
+        pytest.skip("this torch asks for each kind of device by another name")
+    monkeypatch.setattr(environment, "_AUTOCAST_BY_DEVICE", by_device)
+    with torch.autocast("cpu", dtype), warnings.catch_warnings():
+        # The names of older versions are deprecated in newer ones.
+        warnings.simplefilter("ignore")
+        assert environment.autocast_dtype(torch.ones(1)) == dtype

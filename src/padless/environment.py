@@ -149,6 +149,13 @@ def autocasts(tensor: torch.Tensor) -> bool:
     return torch.is_autocast_enabled() if tensor.is_cuda else torch.is_autocast_cpu_enabled()
 
 
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Tells in which dtype autocast computes products on a tensor's device, CUDA or CPU."""
+    if _AUTOCAST_BY_DEVICE:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return torch.get_autocast_gpu_dtype() if tensor.is_cuda else torch.get_autocast_cpu_dtype()
+
+
 def is_capturing(tensor: torch.Tensor) -> bool:
     """Whether work on the tensor's device is being captured as a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

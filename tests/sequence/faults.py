@@ -83,14 +83,14 @@ def _not_causal_between_ranks() -> Any:
 
 
 def _merge_without_max() -> Any:
-    from padless.parallel import ring
+    from padless.kernels import merge as merge_module
 
     def merge(out: Any, lse: Any, part: Any, part_lse: Any) -> Any:
         total = lse.exp() + part_lse.exp()
         weights = ((x.exp() / total).T.unsqueeze(-1) for x in (lse, part_lse))
         return out * next(weights) + part * next(weights), total.log()
 
-    return mock.patch.object(ring, "merge", merge)
+    return mock.patch.object(merge_module, "merge", merge)
 
 
 def _one_document() -> Any:
@@ -122,6 +122,17 @@ def _kv_heads_swapped() -> Any:
     return mock.patch.object(shard, "attend_by_heads", attend_by_heads)
 
 
+def _no_ring_on_the_last_rank() -> Any:
+    import torch.distributed as dist
+
+    from padless.unpadded import sharding
+
+    def serves_ring(*arguments: Any) -> bool:
+        return dist.get_rank() < dist.get_world_size() - 1
+
+    return mock.patch.object(sharding, "serves_ring", serves_ring)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "a position at a border": _wrong_position,
     "positions from zero": _positions_from_zero,
@@ -133,5 +144,6 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "documents joined": _one_document,
     "the gradient of a rank's own part": _gradient_of_own_part,
     "KV heads swapped": _kv_heads_swapped,
+    "no ring on the last rank": _no_ring_on_the_last_rank,
     "none": contextlib.nullcontext,
 }

@@ -60,8 +60,22 @@ def step(
     report = handle.report()
     found |= {"computed": report.computed_tokens, "stock": report.stock, "whole": report.whole}
     found |= {"skipped": report.skipped_tokens, "shared": report.sequence_parallel}
+    found |= {"taken": report.shared, "said": str(report)}
     found["backends"] = [layer.backends for layer in report.layers]
     return found
+
+
+def alternating(batches: list[dict[str, Tensor]], heads: tuple[int, int], backend: str) -> Any:
+    """Steps of one model that takes what is best for each batch; what it took, and its words."""
+    model = model_of(heads)
+    handle = padless.patch(model, sequence_mesh=mesh(), backend=backend)
+    found, taken = [], []
+    for batch in batches:
+        before = handle.report().shared
+        found.append(average(step_of(model, batch, reads_logits=True)))
+        after = handle.report().shared
+        taken += [name for name in after if after[name] != before.get(name, 0)]
+    return found, taken, str(handle.report())
 
 
 def mean_of_logits(algorithm: str, batch: dict[str, Tensor]) -> Step:

@@ -15,7 +15,7 @@ from sequence.model_jobs import Step, average, model_of, step_of
 
 def steps(
     algorithm: str, batches: list[dict[str, Tensor]], heads: list[tuple[int, int]]
-) -> tuple[list[Step], str | None, dict[str, int]]:
+) -> tuple[list[Step], str | None, dict[str, int], dict[str, int]]:
     """A step of each of some models, the first built before the patch of the process."""
     first = model_of(heads[0])
     with padless.patch_llama(sequence_mesh=mesh(), sequence_parallel=algorithm) as handle:
@@ -25,7 +25,7 @@ def steps(
             for model, batch in zip(models, batches, strict=True)
         ]
         report = handle.report()
-    return found, report.sequence_parallel, report.stock | report.whole
+    return found, report.sequence_parallel, report.shared, report.stock | report.whole
 
 
 def undone(batch: dict[str, Tensor]) -> bool:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from padless.backends import reference
+from padless.kernels.merge_torch import merge
 from padless.layout import VarlenLayout
-from padless.parallel.merge import merge
 
 NOTHING = float("-inf")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from padless.parallel import ring
-from padless.parallel.ring_plan import Block, Options, RingPlan
+from padless.parallel.ring_plan import Block, Options, RingPlan, Rows
 from padless.parallel.split import split_balanced
 
 OPTIONS = Options(True, 1.0, False, "auto", True)
@@ -46,7 +46,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
     def attend(block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         found.compute(_step(block))
-        return torch.zeros_like(q), q.new_zeros(q.shape[1], q.shape[0])
+        return torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0])
 
     def gradients(block: Block, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
         found.compute(_step(block))
@@ -61,12 +61,18 @@ def _step(block: Block) -> int:
     return 0 if block.is_causal else 1
 
 
-def _run(recorder: Recorder, rank: int, ranks: int, lengths: list[int]) -> list[list[Any]]:
+def _run(
+    recorder: Recorder,
+    rank: int,
+    ranks: int,
+    lengths: list[int],
+    dtype: torch.dtype = torch.float32,
+) -> list[list[Any]]:
     """Events of the forward and of the backward."""
     split = split_balanced(lengths, ranks)
     plan = RingPlan.of(split, rank, OPTIONS, torch.device("cpu"))
     own = split.totals[rank]
-    q, k, v = (torch.randn(own, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(own, n, 8, dtype=dtype, requires_grad=True) for n in (4, 2, 2))
     group: Any = SimpleNamespace(rank=rank, size=ranks)
     out = ring.attend_in_ring(q, k, v, plan, group)
     forward = list(recorder.events)
@@ -144,3 +150,36 @@ def test_sums_over_ranks_are_rounded_once(
     assert (out == 1.0 + 2 * half).all()
     assert q.grad is not None and (q.grad == 1.0 + 2 * half).all()
     assert sent.count(torch.float32) == 3
+
+
+@pytest.mark.parametrize(("ranks", "want"), [(2, torch.bfloat16), (4, torch.float32)])
+def test_gradients_of_keys_travel_as_they_are_where_nobody_adds_to_them(
+    recorder: Recorder, ranks: int, want: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[torch.dtype] = []
+    start = Recorder.start
+
+    def noted(self: Recorder, tensors: Any, step: int) -> Any:
+        sent.append(tensors[0].dtype)
+        return start(self, tensors, step)
+
+    monkeypatch.setattr(Recorder, "start", noted)
+    for rank in range(ranks):
+        sent.clear()
+        _run(recorder, rank, ranks, [64], torch.bfloat16)
+        assert sent[-1] == want
+        keys = (ranks - 1) + (ranks - 2)
+        assert sent.count(torch.bfloat16) == keys + (ranks - 1 if want == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("rows", [Rows(slice(2, 5), None), Rows(None, torch.tensor([0, 3, 6]))])
+def test_a_total_is_zero_beside_its_first_rows(rows: Rows) -> None:
+    part = torch.full((3, 1, 2), 1.5, dtype=torch.bfloat16)
+    # Memory that has been used is handed out again.
+    used = [torch.full((7, 1, 2), float("nan")) for _ in range(8)]
+    del used
+    total = rows.add(None, part, 7, torch.float32)
+    want = torch.zeros(7, 1, 2)
+    want[rows.place] = 1.5
+    assert total.dtype == torch.float32 and torch.equal(total, want)
+    assert torch.equal(rows.add(total, part, 7, torch.float32), 2 * want)

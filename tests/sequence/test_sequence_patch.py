@@ -39,6 +39,8 @@ BATCHES = {
     "packed": _packed(5, 17, 1, 11),
     "long and short": _packed(60, 1, 2, 1),
     "ones": _packed(2, 1, 1, 1, 2),
+    "one long": _packed(48),
+    "many short": _packed(8, 6, 8, 7, 8, 5, 8, 8, 6, 8, 7, 5),
 }
 
 
@@ -75,6 +77,8 @@ def test_step_is_that_of_one_process(size: int, algorithm: str, batch: dict[str,
         _assert_same(each, expected)
         assert not each["stock"] and not each["whole"]
         assert each["shared"] == f"{algorithm} over {size} ranks"
+        assert each["taken"] == {algorithm: 1}
+        assert f"shared out by {each['shared']}: 1 forwards by {algorithm}" in each["said"]
         assert each["skipped"] == batch["input_ids"].numel() - _real(batch)
         # The formula, whose memory is the square of the lengths, is not needed for either.
         assert [set(layer) for layer in each["backends"]] == [{"sdpa"}] * 2
@@ -216,13 +220,40 @@ def test_mistakes_are_told_in_one_sentence(kind: str, said: str) -> None:
         assert message.startswith(said) and "\n" not in message
 
 
+@pytest.mark.parametrize(("size", "heads"), [(2, (4, 4)), (4, (4, 2))], ids=str)
+def test_auto_alternates_between_the_batches_of_one_model(
+    size: int, heads: tuple[int, int]
+) -> None:
+    batches = [BATCHES[n] for n in ("one long", "many short", "one long", "many short")]
+    expected = [_one_process(batch, heads) for batch in batches]
+    for found, taken, said in pool(size).run(JOBS + "alternating", batches, heads, "auto"):
+        assert taken == ["ulysses", "ring"] * 2
+        assert f"auto over {size} ranks: 2 forwards by ring, 2 forwards by ulysses" in said
+        for step, want in zip(found, expected, strict=True):
+            _assert_same(step, want)
+
+
+def test_auto_leaves_the_ring_where_only_the_formula_would_compute_it() -> None:
+    batches = [BATCHES["many short"]]
+    for found, taken, _ in pool(2).run(JOBS + "alternating", batches, (4, 2), "reference"):
+        assert taken == ["ulysses"]
+        _assert_same(found[0], _one_process(batches[0]))
+
+
 def test_auto_takes_the_ring_where_heads_do_not_divide() -> None:
-    batch = BATCHES["packed"]
-    shared = [each["shared"] for each in pool(4).run(JOBS + "step", "auto", batch, (4, 2))]
-    assert shared == ["ulysses over 4 ranks"] * 4
-    for each in pool(4).run(JOBS + "step", "auto", batch, (2, 1)):
-        assert each["shared"] == "ring over 4 ranks"
-        _assert_same(each, _one_process(batch, (2, 1)))
+    batch = BATCHES["one long"]
+    for heads, want in (((4, 2), "ulysses"), ((2, 1), "ring")):
+        for each in pool(4).run(JOBS + "step", "auto", batch, heads):
+            assert each["taken"] == {want: 1}
+            _assert_same(each, _one_process(batch, heads))
+
+
+def test_ranks_that_have_a_kernel_for_the_ring_and_ranks_that_have_none_go_one_way() -> None:
+    job = ("sequence.faults:under", "no ring on the last rank", JOBS + "step")
+    batch = BATCHES["many short"]
+    for each in pool(2).run(*job, "auto", batch):
+        assert each["taken"] == {"ulysses": 1}
+        _assert_same(each, _one_process(batch))
 
 
 def test_without_a_process_group() -> None:

@@ -14,18 +14,18 @@ JOBS = "sequence.process_jobs:"
 def test_step_is_that_of_one_process(algorithm: str) -> None:
     batches = [BATCHES["left"], BATCHES["packed"]]
     heads = [(4, 2), (4, 2)]
-    for found, shared, other in pool(2).run(JOBS + "steps", algorithm, batches, heads):
+    for found, *said in pool(2).run(JOBS + "steps", algorithm, batches, heads):
         for step, batch in zip(found, batches, strict=True):
             _assert_same(step, _one_process(batch))
-        assert (shared, other) == (f"{algorithm} over 2 ranks", {})
+        assert said == [f"{algorithm} over 2 ranks", {algorithm: 2}, {}]
 
 
 def test_auto_looks_at_the_heads_of_each_model() -> None:
-    batches, heads = [BATCHES["packed"]] * 2, [(4, 2), (2, 1)]
-    for found, shared, other in pool(4).run(JOBS + "steps", "auto", batches, heads):
+    batches, heads = [BATCHES["one long"]] * 2, [(4, 2), (2, 1)]
+    for found, *said in pool(4).run(JOBS + "steps", "auto", batches, heads):
         for step, each in zip(found, heads, strict=True):
-            _assert_same(step, _one_process(BATCHES["packed"], each))
-        assert (shared, other) == ("ring and ulysses over 4 ranks", {})
+            _assert_same(step, _one_process(BATCHES["one long"], each))
+        assert said == ["auto over 4 ranks", {"ulysses": 1, "ring": 1}, {}]
 
 
 def test_undo() -> None:

@@ -88,6 +88,12 @@ class SequenceGroup:
         """
         dist.all_reduce(torch.zeros(1, device=device), group=self.process_group)
 
+    def agrees(self, answer: bool, device: torch.device) -> bool:
+        """Asks whether the answer is True on all ranks, every one of which has to call it."""
+        found = torch.tensor(int(answer), device=device)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.process_group)
+        return bool(found)
+
     def neighbour(self, step: int) -> int:
         """Names the global rank of the process that many places further round the group."""
         return dist.get_global_rank(self.process_group, (self.rank + step) % self.size)

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from padless.dispatch import no_autocast
+from padless.kernels.merge import merge_rows
 from padless.parallel.group import SequenceGroup
-from padless.parallel.merge import merge
-from padless.parallel.ring_plan import Block, RingPlan
+from padless.parallel.ring_plan import Block, RingPlan, Rows
 
 Pair = tuple[Tensor, Tensor]
 
@@ -64,11 +64,7 @@ class _Ring(torch.autograd.Function):
             arriving = ring.start(travelling, step + 1) if step + 1 < group.size else None
             for block in plan.blocks[step]:
                 part, part_lse = block.attend(block.queries.of(q), *block.keys.of_both(travelling))
-                rows, row_lse = merge(
-                    block.queries.of(merged), block.queries.of(lse, dim=1), part, part_lse
-                )
-                block.queries.put(merged, rows)
-                block.queries.put(lse, row_lse, dim=1)
+                merge_rows(merged, lse, part, part_lse, block.queries.place)
         if merged is not own:
             own.copy_(merged)
         ctx.plan, ctx.group = plan, group
@@ -84,9 +80,11 @@ class _Ring(torch.autograd.Function):
         group: SequenceGroup = ctx.group
         ring, exact = _Neighbours(group, plan.shared, -1), lse.dtype
         shared, dout = plan.shared[group.rank], dout.contiguous()
-        # In float32 where more than two are added: two are, and rounded once, by adding them.
-        kept = exact if plan.keeps_exact else q.dtype
+        # In float32 where more than two are added: two are, and rounded once, by adding them. What
+        # comes home on two ranks is the gradient of one block, and is added to that of another.
+        sent = exact if group.size > 2 else k.dtype
         remote_dq: Tensor | None = None
+        remote = Rows(slice(0, shared), None)
         arriving: Any = None
         returning: Any = None
         with no_autocast(q):
@@ -101,17 +99,21 @@ class _Ring(torch.autograd.Function):
                 # What the ranks before have added up for keys that are here now.
                 sums: Any = (None, None) if returning is None else ring.finish(returning)
                 for block, (dq_b, *both) in found:
-                    remote_dq = block.queries.add(remote_dq, dq_b, shared, kept)
+                    if plan.keeps_exact:
+                        remote_dq = block.queries.add(remote_dq, dq_b, shared, exact)
+                    else:
+                        # The only block.
+                        remote_dq, remote = dq_b, block.queries
                     sums = tuple(
-                        block.keys.add(total, each, len(travelling[0]), exact)
+                        block.keys.add(total, each, len(travelling[0]), sent)
                         for total, each in zip(sums, both, strict=True)
                     )
                 if sums[0] is None:
-                    sums = tuple(torch.zeros_like(x, dtype=exact) for x in travelling)
+                    sums = tuple(torch.zeros_like(x, dtype=sent) for x in travelling)
                 returning = ring.start(sums, step - 1)
             dq, dk, dv = plan.local.gradients(dout, q, k, v, out, lse)
             if remote_dq is not None:
-                dq.narrow(0, 0, shared).add_(remote_dq)
+                remote.add(dq, remote_dq, len(dq), dq.dtype)
             if returning is not None:
                 for own, home in zip((dk, dv), ring.finish(returning), strict=True):
                     own.narrow(0, 0, shared).add_(home)

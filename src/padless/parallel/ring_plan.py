@@ -12,6 +12,7 @@ from torch import Tensor
 
 from padless import dispatch
 from padless.backends.request import AttentionRequest
+from padless.errors import BackendUnavailableError
 from padless.layout import VarlenLayout
 from padless.parallel.blocks import Range, local_lengths, visible_blocks
 from padless.parallel.split import SequenceSplit
@@ -51,6 +52,11 @@ class Rows:
         found = [torch.arange(start, stop) for start, stop in ranges]
         return cls(None, torch.cat(found).to(device, non_blocking=True))
 
+    @property
+    def place(self) -> slice | Tensor:
+        """What they are picked by."""
+        return self.stretch if self.stretch is not None else self.index  # type: ignore[return-value]
+
     def of(self, x: Tensor, dim: int = 0) -> Tensor:
         """Takes the rows: a view of a stretch, else a copy."""
         if self.index is not None:
@@ -61,12 +67,12 @@ class Rows:
         """Takes the rows of keys and of values."""
         return self.of(pair[0]), self.of(pair[1])
 
-    def put(self, x: Tensor, rows: Tensor, dim: int = 0) -> None:
+    def put(self, x: Tensor, rows: Tensor) -> None:
         """Puts rows where `of` takes them, in the dtype of x."""
         if self.index is not None:
-            x.index_copy_(dim, self.index, rows.to(x.dtype))
+            x.index_copy_(0, self.index, rows.to(x.dtype))
         else:
-            self.of(x, dim).copy_(rows)
+            self.of(x).copy_(rows)
 
     def add(self, total: Tensor | None, rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         """Adds to the rows of a total, in place.
@@ -80,7 +86,13 @@ class Rows:
         if total is None:
             if self.index is None and rows.shape[0] == count:
                 return rows.to(dtype)
-            total = rows.new_zeros(count, *rows.shape[1:], dtype=dtype)
+            total = rows.new_empty(count, *rows.shape[1:], dtype=dtype)
+            if self.stretch is None:
+                total.zero_()
+            else:
+                # Zeros where nothing is put, and not under it.
+                total[: self.stretch.start].zero_()
+                total[self.stretch.stop :].zero_()
             self.put(total, rows)
         elif self.index is not None:
             total.index_add_(0, self.index, rows.to(total.dtype))
@@ -143,6 +155,30 @@ class Block:
             "window_size": (None, None),
             "deterministic": self.options.deterministic,
         }
+
+
+def serves_ring(request: AttentionRequest, backend: str, tokens: int) -> bool:
+    """Whether a backend other than the reference would compute the blocks of a ring.
+
+    Args:
+        request: what is asked, but for whether queries see later keys: a ring has blocks of both.
+        backend: of `varlen_attention`, or "auto".
+        tokens: of a rank.
+
+    Note:
+        May measure backends, as the ring itself would.
+    """
+    layout = VarlenLayout.from_lengths([tokens], device=request.device)
+    for causal in (True, False):
+        try:
+            plan = dispatch.plan_call(
+                replace(request, causal=causal), backend, layout, layout, needs_lse=True
+            )
+        except BackendUnavailableError:
+            return False
+        if plan.selection.name == "reference":
+            return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)

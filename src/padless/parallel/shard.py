@@ -40,13 +40,20 @@ class Shard:
     _plans: dict[Any, RingPlan] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, layout: VarlenLayout, group: SequenceGroup, algorithm: str) -> Shard:
+    def of(
+        cls,
+        layout: VarlenLayout,
+        group: SequenceGroup,
+        algorithm: str,
+        split: SequenceSplit | None = None,
+    ) -> Shard:
         """Shares out a row.
 
         Args:
             layout: of the whole row; the same on every rank.
             group: the ranks.
             algorithm: "ulysses" or "ring".
+            split: of this row by this algorithm, where there is one already.
 
         Raises:
             ValueError: no algorithm has this name.
@@ -55,8 +62,9 @@ class Shard:
             raise ValueError(
                 f"sequence_parallel must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}"
             )
-        cut = split_evenly if algorithm == "ulysses" else split_balanced
-        split = cut(layout.lengths, group.size)
+        if split is None:
+            cut = split_evenly if algorithm == "ulysses" else split_balanced
+            split = cut(layout.lengths, group.size)
         indices = _places(split, group.rank)
         device = layout.cu_seqlens.device
         return cls(group, algorithm, layout, split, indices.to(device, non_blocking=True))

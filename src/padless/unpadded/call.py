@@ -67,7 +67,7 @@ def flatten_call(
             if ledger.sequence is not None:
                 whole = whole or whole_reason(arguments)
                 if whole is None:
-                    batch.shard = shard_call(arguments, batch.layout, ledger.sequence, model)
+                    batch.shard = shard_call(arguments, batch, ledger.sequence, model)
                     batch.position_ids = arguments["position_ids"]
                 else:
                     ledger.count_whole(whole)

@@ -72,7 +72,8 @@ def patch(
         sequence_mesh: a DeviceMesh of one dimension, whose ranks share each sequence: all are given
             the same batch, each computes a part of its tokens, and all get the same loss. Gradients
             are to be averaged over its ranks, as DDP and FSDP do.
-        sequence_parallel: "ulysses" or "ring"; "auto" is Ulysses where the ranks divide the heads.
+        sequence_parallel: "ulysses" or "ring"; "auto" takes for each batch the one whose ranks send
+            less to each other.
 
     Returns:
         A handle with `undo()`, `report()` and use as a context manager.
@@ -92,7 +93,7 @@ def patch(
     era = installed_era()
     sequence = SequenceParallel.of(sequence_mesh, sequence_parallel)
     if sequence is not None:
-        sequence.choose_all(model)
+        sequence.refuse(model)
     ledger = Ledger(backend, sequence=sequence)
     changes = _plan_instance(model, ledger, era)
 
@@ -113,7 +114,7 @@ def patch_llama(
         backend: of `varlen_attention`, which is used or raises; "auto" takes the best.
         sequence_mesh: as `patch` has it, for every LLaMA. One that cannot be shared out is refused
             when it is called.
-        sequence_parallel: as `patch` has it; "auto" looks at each model's heads.
+        sequence_parallel: as `patch` has it.
 
     Returns:
         A handle as `patch` returns it. A second call changes nothing, says so, and returns the

@@ -42,7 +42,9 @@ class PatchReport:
         skipped_tokens: padding that it did not compute.
         host_syncs: host synchronisations, at most one a forward.
         stock: calls left to transformers' own path, by reason.
-        sequence_parallel: algorithm and ranks that share each sequence; None if nobody does.
+        sequence_parallel: the algorithm that was asked for, and the ranks that share each sequence;
+            None if nobody does.
+        shared: forwards that ranks shared, by the algorithm that was taken.
         whole: calls that every rank computed as a whole, by reason.
         generations: `generate` calls that kept a cache of real tokens alone.
         decoding_steps: further tokens, one for each row, that such calls computed behind it.
@@ -65,6 +67,7 @@ class PatchReport:
     host_syncs: int
     stock: dict[str, int]
     sequence_parallel: str | None = None
+    shared: dict[str, int] = field(default_factory=dict)
     whole: dict[str, int] = field(default_factory=dict)
     generations: int = 0
     decoding_steps: int = 0
@@ -92,7 +95,11 @@ class PatchReport:
             for reason, count in self.stock.items()
         ]
         if self.sequence_parallel:
-            lines.append(f"  sequences shared out by {self.sequence_parallel}")
+            counts = [f"{n} forwards by {name}" for name, n in sorted(self.shared.items())]
+            lines.append(
+                f"  sequences shared out by {self.sequence_parallel}: "
+                f"{', '.join(counts) or 'none yet'}"
+            )
         lines += [f"  {n} not shared out: {reason}" for reason, n in self.whole.items()]
         if self.generations:
             lines.append(
@@ -157,6 +164,7 @@ class PatchHandle:
             host_syncs=ledger.host_syncs,
             stock=dict(ledger.stock),
             sequence_parallel=str(ledger.sequence) if ledger.sequence is not None else None,
+            shared=dict(ledger.shared),
             whole=dict(ledger.whole),
             generations=ledger.generations,
             decoding_steps=ledger.decoding_steps,

@@ -42,6 +42,7 @@ class Ledger:
         self.host_syncs = 0
         self.stock: Counter[str] = Counter()
         self.whole: Counter[str] = Counter()
+        self.shared: Counter[str] = Counter()
         # Why generate is left alone altogether.
         self.generation_fault: str | None = None
         self.generations = 0
@@ -72,6 +73,8 @@ class Ledger:
             # What other ranks compute is no padding.
             self.batch_tokens += batch.layout.padded_total - batch.layout.total + computed
             self.host_syncs += batch.host_syncs
+            if batch.shard is not None:
+                self.shared[batch.shard.algorithm] += 1
             for index, served in enumerate(batch.served.values()):
                 number = index if served.layer_idx is None else served.layer_idx
                 name = f"{served.layer}[{number}]"

@@ -6,7 +6,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from padless.backends.request import AttentionRequest
+from padless.environment import autocast_dtype, autocasts
 from padless.errors import UnsupportedError
 from padless.hf.call import modeling_llama
 from padless.kernels.unpad import IGNORED
 from padless.layout import VarlenLayout
+from padless.parallel.choice import choose_algorithm
 from padless.parallel.exchange import add_up
 from padless.parallel.group import SequenceGroup
+from padless.parallel.ring_plan import serves_ring
 from padless.parallel.shard import ALGORITHMS, Shard
+from padless.parallel.split import split_balanced
 from padless.parallel.ulysses import reject_heads
+from padless.unpadded.batch import FlatBatch
 
 _logger = logging.getLogger("padless")
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels")
@@ -34,16 +40,12 @@ class SequenceParallel:
     Attributes:
         group: the ranks.
         algorithm: "auto", "ulysses" or "ring", as asked.
-        chosen: what was taken of these, for the models that there were.
     """
 
     group: SequenceGroup
     algorithm: str
-    chosen: set[str] = field(default_factory=set)
-    _of_model: weakref.WeakKeyDictionary[Any, str] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
     _checked: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    _rings: dict[Any, bool] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mesh: Any, algorithm: str) -> SequenceParallel | None:
@@ -66,46 +68,79 @@ class SequenceParallel:
         _refuse_loss()
         return cls(group, algorithm)
 
-    def choose(self, model: Any) -> str:
-        """Takes "ulysses" or "ring" for a `LlamaModel`; the same for it from then on.
+    def refuse(self, model: nn.Module) -> None:
+        """Refuses a model with a `LlamaModel` that cannot be shared out, or not as asked.
+
+        Raises:
+            UnsupportedError: there is one.
+        """
+        for module in model.modules():
+            if isinstance(module, modeling_llama().LlamaModel):
+                self._refuse_one(module)
+
+    def _refuse_one(self, model: Any) -> None:
+        _refuse_rope(model)
+        if self.algorithm == "ulysses":
+            reason = reject_heads(int(model.config.num_attention_heads), self.group.size)
+            if reason:
+                raise UnsupportedError(reason)
+
+    def check(self, model: Any, arguments: dict[str, Any], layout: VarlenLayout) -> None:
+        """Checks a `LlamaModel` and its first batch, which is compared between the ranks.
 
         Raises:
             UnsupportedError: the model cannot be shared out, or not as asked.
-        """
-        found = self._of_model.get(model)
-        if found is None:
-            found = self._of_model[model] = self._algorithm_for(model)
-            self.chosen.add(found)
-        return found
-
-    def choose_all(self, model: nn.Module) -> None:
-        """Takes one for every `LlamaModel` in a model, or refuses it."""
-        for module in model.modules():
-            if isinstance(module, modeling_llama().LlamaModel):
-                self.choose(module)
-
-    def _algorithm_for(self, model: Any) -> str:
-        _refuse_rope(model)
-        reason = reject_heads(int(model.config.num_attention_heads), self.group.size)
-        if self.algorithm == "auto":
-            return "ring" if reason else "ulysses"
-        if self.algorithm == "ulysses" and reason:
-            raise UnsupportedError(reason)
-        return self.algorithm
-
-    def check_same(self, model: Any, arguments: dict[str, Any], layout: VarlenLayout) -> None:
-        """Compares a model's first batch between the ranks.
-
-        Raises:
-            ValueError: it is not the same on all.
+            ValueError: the batch is not the same on all.
         """
         if model not in self._checked:
+            self._refuse_one(model)
             _check_same(arguments, layout, self.group)
             self._checked.add(model)
 
+    def shard(self, layout: VarlenLayout, model: Any, dtype: torch.dtype, backend: str) -> Shard:
+        """Shares out a row, with "auto" by the algorithm whose ranks send less.
+
+        Args:
+            layout: of the whole row.
+            model: the `LlamaModel`.
+            dtype: that attention computes in.
+            backend: of `varlen_attention`, or "auto".
+        """
+        if self.algorithm != "auto":
+            return Shard.of(layout, self.group, self.algorithm)
+        config = model.config
+        num_heads = int(config.num_attention_heads)
+        num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+        split = split_balanced(layout.lengths, self.group.size)
+        chosen = choose_algorithm(split, num_heads, num_kv_heads)
+        if chosen == "ring" and not reject_heads(num_heads, self.group.size):
+            head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+            device = layout.cu_seqlens.device
+            request = AttentionRequest(
+                device,
+                dtype,
+                head_dim,
+                num_heads,
+                num_kv_heads,
+                causal=True,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+                # Whether there will be gradients or not: a ring of the one serves the other.
+                needs_grad=True,
+            )
+            if not self._serves_ring(request, backend, max(split.totals)):
+                chosen = "ulysses"
+        return Shard.of(layout, self.group, chosen, split if chosen == "ring" else None)
+
+    def _serves_ring(self, request: AttentionRequest, backend: str, tokens: int) -> bool:
+        """Asks once for each kind of call, on every rank: they must not go different ways."""
+        key = replace(request, device=torch.device(request.device.type)), backend
+        if key not in self._rings:
+            served = serves_ring(request, backend, tokens)
+            self._rings[key] = self.group.agrees(served, request.device)
+        return self._rings[key]
+
     def __str__(self) -> str:
-        names = " and ".join(sorted(self.chosen)) or self.algorithm
-        return f"{names} over {self.group.size} ranks"
+        return f"{self.algorithm} over {self.group.size} ranks"
 
 
 def _refuse_rope(model: nn.Module) -> None:
@@ -144,7 +179,7 @@ def whole_reason(arguments: dict[str, Any]) -> str | None:
 
 
 def shard_call(
-    arguments: dict[str, Any], layout: VarlenLayout, sequence: SequenceParallel, model: Any
+    arguments: dict[str, Any], batch: FlatBatch, sequence: SequenceParallel, model: Any
 ) -> Shard:
     """Keeps this rank's part of a flat call, in place.
 
@@ -153,7 +188,7 @@ def shard_call(
 
     Args:
         arguments: by name, of the flat call: `(1, total, ...)` each.
-        layout: of the whole row.
+        batch: the call's, whose layout is of the whole row.
         sequence: who shares it.
         model: the `LlamaModel`.
 
@@ -164,8 +199,8 @@ def shard_call(
         ValueError: the ranks were given different batches; asked once a model.
         UnsupportedError: the model cannot be shared out.
     """
-    algorithm = sequence.choose(model)
-    sequence.check_same(model, arguments, layout)
+    layout = batch.layout
+    sequence.check(model, arguments, layout)
     _shift_labels(arguments)
     # Each rank has a token at least, since not every kernel takes none: blank documents behind all.
     blanks = max(0, sequence.group.size - layout.total)
@@ -173,7 +208,7 @@ def shard_call(
         layout = VarlenLayout.from_lengths(
             [*layout.lengths, *[1] * blanks], device=layout.cu_seqlens.device
         )
-    shard = Shard.of(layout, sequence.group, algorithm)
+    shard = sequence.shard(layout, model, _dtype(model, arguments), batch.backend)
     for name in _PER_TOKEN:
         if arguments.get(name) is not None:
             row = arguments[name][0]
@@ -184,6 +219,13 @@ def shard_call(
     # What a layer would keep is a part of the keys only.
     arguments["use_cache"] = False
     return shard
+
+
+def _dtype(model: Any, arguments: dict[str, Any]) -> torch.dtype:
+    """Tells what attention will compute in, as far as can be told in front of the model."""
+    embeds = arguments.get("inputs_embeds")
+    x = next(model.parameters()) if embeds is None else embeds
+    return autocast_dtype(x) if autocasts(x) else x.dtype
 
 
 def _shift_labels(arguments: dict[str, Any]) -> None:
