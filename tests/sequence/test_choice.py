@@ -27,6 +27,8 @@ GROUPED, EQUAL, FEW = (32, 8), (32, 32), (32, 1)
     [
         (LONG, 2, GROUPED, "ring"),
         (LONG, 2, EQUAL, "ulysses"),
+        # Forward alone the ring would send less.
+        (LONG, 4, GROUPED, "ulysses"),
         (LONG, 8, GROUPED, "ulysses"),
         (LONG, 8, EQUAL, "ulysses"),
         # Each KV head would be sent to all ranks.
