@@ -31,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("records", type=Path, nargs="+", help="from the oldest to the newest")
     options.add_argument("--out", type=Path, required=True, help="may be one of them")
+    options.add_argument("--without", help="a case that is to be measured again, and left out")
     arguments = options.parse_args(argv)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.records]
     try:
-        joined = join([json.loads(path.read_text(encoding="utf-8")) for path in arguments.records])
+        joined = join(records, without=arguments.without)
     except JoinError as error:
         print(error, file=sys.stderr)
         return 2
@@ -41,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def join(records: Sequence[Json]) -> Json:
+def join(records: Sequence[Json], *, without: str | None = None) -> Json:
     """Joins records.
 
     Args:
         records: from the oldest to the newest.
+        without: a case to leave out.
 
     Returns:
         The newest one with the tables of all: in the order of their first appearance, each as new
@@ -67,6 +70,8 @@ def join(records: Sequence[Json]) -> Json:
         for table in record["tables"]:
             # One that was joined before has its origin already.
             tables[table["case"]] = {**origin, **table}
+    if without is not None and tables.pop(without, None) is None:
+        raise JoinError(f"--without must be one of {', '.join(tables)}, got {without}")
     return {**newest, "tables": list(tables.values())}
 
 

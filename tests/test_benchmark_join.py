@@ -67,6 +67,13 @@ def test_what_does_not_belong_together_is_refused(
     assert json.loads(paths[1].read_text(encoding="utf-8")) == records[1]
 
 
+def test_a_case_can_be_left_out() -> None:
+    records = [_record("a", "one", "two"), _record("b", "three")]
+    assert [each[0] for each in _found(join(records, without="two"))] == ["one", "three"]
+    with pytest.raises(JoinError, match="must be one of one, two, three, got four"):
+        join(records, without="four")
+
+
 def test_a_record_may_be_written_over_one_of_its_parts(tmp_path: Path) -> None:
     paths = [tmp_path / "1.json", tmp_path / "2.json"]
     for path, record in zip(paths, (_record("a", "one"), _record("b", "two")), strict=True):
