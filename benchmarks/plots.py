@@ -189,7 +189,7 @@ def _kernels(record: Json) -> Figure:
         _label_tokens(axis, sorted({table["seqlen"] for table in tables}))
         axis.set_xlabel("tokens of a sequence")
     axes[0][0].set_ylabel("TFLOP/s (dashed: a matrix product)")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="lower right")
     return figure
 
 

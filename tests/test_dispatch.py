@@ -170,18 +170,25 @@ def test_a_layout_narrowed_is_that_of_the_stretch() -> None:
 
 
 def _on_cuda(**fields: Any) -> AttentionRequest:
-    known = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "causal": True}
+    known = {
+        "num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "causal": True, "needs_grad": True
+    }  # fmt: skip
     return AttentionRequest(torch.device("cuda", 0), torch.bfloat16, **{**known, **fields})
 
 
+_LARGE: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 LITTLE: dict[str, tuple[dict[str, Any], list[int], bool]] = {
     "SmolLM2, a small batch": ({}, [60, 80, 70, 65], True),
     "SmolLM2, 8 x 1024": ({}, [1024] * 8, True),
     "SmolLM2, long rows": ({}, [4096] * 4, False),
     "SmolLM2, one long row": ({}, [16384], False),
-    "8B, a small batch": ({"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}, [200] * 3, True),
-    "8B, 8 x 256": ({"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}, [256] * 8, False),
-    "the same, all keys visible": ({"causal": False}, [1024] * 8, False),
+    "8B, a small batch": (_LARGE, [200] * 3, True),
+    "8B, 8 x 256": (_LARGE, [256] * 8, False),
+    "8B, 8 x 256, forward alone": ({**_LARGE, "needs_grad": False}, [256] * 8, True),
+    "8B, 8 x 512, forward alone": ({**_LARGE, "needs_grad": False}, [512] * 8, False),
+    "SmolLM2, 4 x 4096, forward alone": ({"needs_grad": False}, [4096] * 4, False),
+    "SmolLM2, 2 x 4096, forward alone": ({"needs_grad": False}, [4096] * 2, True),
+    "SmolLM2, 8 x 1024, all keys visible": ({"causal": False}, [1024] * 8, False),
 }
 
 

@@ -19,10 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import padless
 from norm_cases import LAYERS, NEW, build_model, generate, plant_kernel
 from padless.kernels.silu_mul import silu_mul
-from padless.unpadded import mlp
+from padless.unpadded import mlp, session
 from padless.unpadded.fused import FusedModules
 from padless.unpadded.mlp import MLP, is_fusable
 from padless.unpadded.norms import NORM
+from padless.workload import is_little_layer
 
 
 @pytest.fixture
@@ -41,6 +42,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(mlp, "reject_silu_mul", lambda device, dtype: None)
     monkeypatch.setattr(mlp, "silu_mul", counted)
+    # As prompts are that the device takes longer for than the host.
+    monkeypatch.setattr(session, "is_little_layer", lambda tokens, width, trains: False)
     return seen
 
 
@@ -61,6 +64,15 @@ def test_tokens_are_those_of_the_unpatched_model(
     rows = 3 * options.get("num_beams", 1)
     assert calls == LAYERS * [(1, 9, 48)] + 63 * LAYERS * [(1, rows, 48)]
     assert _is_clean(model)
+
+
+def test_the_prompt_of_a_few_tokens_is_left_to_torch(
+    model: LlamaForCausalLM, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "is_little_layer", is_little_layer)
+    with padless.patch(model):
+        generate(model)
+    assert calls == (NEW - 1) * LAYERS * [(1, 3, 48)]
 
 
 def test_a_wrong_kernel_would_be_seen(

@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from padless.backends.request import AttentionRequest
 from padless.layout import VarlenLayout
 
-# Of a decoder layer, and of attention in it, in floating point operations of a training step: on an
-# H100 they take about as long as the host takes for a layer, and for a slow launch.
+# Of a decoder layer, and of attention in it, in floating point operations of a training step, or of
+# a forward alone: on an H100 they take as long as the host for a layer, and for a slow launch.
 _LITTLE_LAYER = 1e12
 _LITTLE_ATTENTION = 5e10
 
@@ -41,8 +41,20 @@ def has_little_work(
     """
     if request.device.type != "cuda" or _as_if_much.get():
         return False
-    width = request.num_heads * request.head_dim
-    if 72 * layout_q.total * width**2 > _LITTLE_LAYER:
+    width, trains = request.num_heads * request.head_dim, request.needs_grad
+    if not is_little_layer(layout_q.total, width, trains=trains):
         return False
     pairs = sum(n * m for n, m in zip(layout_q.lengths, layout_k.lengths, strict=True))
-    return (7 if request.causal else 14) * width * pairs <= _LITTLE_ATTENTION
+    per_pair = (14 if trains else 4) * width
+    return (per_pair // 2 if request.causal else per_pair) * pairs <= _LITTLE_ATTENTION
+
+
+def is_little_layer(tokens: int, width: int, *, trains: bool) -> bool:
+    """Whether the host takes longer to launch a decoder layer than a GPU to compute its products.
+
+    Args:
+        tokens: of a flat batch.
+        width: of the model, its `hidden_size`.
+        trains: whether there will be a backward.
+    """
+    return (72 if trains else 24) * tokens * width**2 <= _LITTLE_LAYER

@@ -47,13 +47,16 @@ class FusedModules:
     """
 
     def __init__(self, model: nn.Module, fusions: Sequence[Fusion]) -> None:
+        modules = list(model.modules())
         self._modules: list[tuple[nn.Module, Fusion]] = [
             (module, fusion)
-            for module in model.modules()
+            for module in modules
+            # Most are of torch: asked first, as a call of few tokens waits for this.
+            if type(module).__module__ == _HOME
             for fusion in fusions
             if fusion.serves(module)
         ]
-        if self._modules and any(is_compiled(module) for module in model.modules()):
+        if self._modules and any(is_compiled(module) for module in modules):
             self._modules = []
 
     @contextmanager

@@ -52,7 +52,9 @@ def _input_reason(head: Any, arguments: dict[str, Any]) -> str | None:
     source = arguments.get("inputs_embeds") if source is None else source
     if not isinstance(source, Tensor) or source.dim() < 2 or source.shape[1] == 0:
         return "no prompt"
-    devices = {parameter.device for parameter in head.parameters()}
+    # Not by parameters(), which looks for those that are tied: a call of few tokens waits for this.
+    held = (module._parameters.values() for module in head.modules())
+    devices = {parameter.device for each in held for parameter in each if parameter is not None}
     if devices != {source.device} or source.device.type == "meta":
         return "a model or prompt on several devices"
     body = head.model
