@@ -137,15 +137,22 @@ def split_balanced(lengths: Sequence[int], ranks: int) -> SequenceSplit:
         The split of the longest pieces whose imbalance is at most 1.05; where there is none, the
         one with the least imbalance.
     """
-    best: SequenceSplit | None = None
+    # Longest first, so that there are short ones left to fill up with.
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    best: tuple[float, list[list[Piece]]] | None = None
+    tried: set[int] = set()
     for least in _least_pieces(max(lengths, default=0), ranks):
-        found = _dealt(lengths, ranks, 2 * ranks * least)
-        if found.imbalance <= _BALANCED:
-            return found
-        if best is None or found.imbalance < best.imbalance:
+        cut = sum(length >= 2 * ranks * least for length in lengths)
+        if cut in tried:
+            continue
+        tried.add(cut)
+        found = _dealt(lengths, ranks, order, cut)
+        if best is None or found[0] < best[0]:
             best = found
+        if found[0] <= _BALANCED:
+            break
     assert best is not None
-    return best
+    return _ordered(lengths, best[1])
 
 
 def _least_pieces(longest: int, ranks: int) -> list[int]:
@@ -163,7 +170,10 @@ def _quotas(total: int, ranks: int) -> list[int]:
     return [total // ranks + (rank < total % ranks) for rank in range(ranks)]
 
 
-def _dealt(lengths: Sequence[int], ranks: int, cut_from: int) -> SequenceSplit:
+def _dealt(
+    lengths: Sequence[int], ranks: int, order: Sequence[int], cut: int
+) -> tuple[float, list[list[Piece]]]:
+    """Deals out documents, of which so many in front of the order are cut; gives the imbalance."""
     free = _quotas(sum(lengths), ranks)
     costs = [0] * ranks
     pieces: list[list[Piece]] = [[] for _ in range(ranks)]
@@ -174,11 +184,9 @@ def _dealt(lengths: Sequence[int], ranks: int, cut_from: int) -> SequenceSplit:
             free[rank] -= piece.tokens
             costs[rank] += piece.cost
 
-    # Longest first, so that there are short ones left to fill up with.
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    for number in order:
+    for place, number in enumerate(order):
         length = lengths[number]
-        if length >= cut_from and ranks > 1:
+        if place < cut and ranks > 1:
             _deal(number, length, free, give)
             continue
         start = 0
@@ -192,6 +200,12 @@ def _dealt(lengths: Sequence[int], ranks: int, cut_from: int) -> SequenceSplit:
             stop = start + min(rest, free[rank])
             give(rank, Piece(number, start, stop))
             start = stop
+    total = sum(costs)
+    return (max(costs) * ranks / total if total else 1.0), pieces
+
+
+def _ordered(lengths: Sequence[int], pieces: Sequence[Sequence[Piece]]) -> SequenceSplit:
+    """Puts what is shared in front on each rank, and joins neighbours."""
     holders = Counter(number for own in pieces for number in {piece.document for piece in own})
     ordered = tuple(
         tuple(_joined(sorted(own, key=lambda piece: (holders[piece.document] == 1, piece))))
