@@ -279,4 +279,5 @@ def test_mlps_with_one_kernel_between_their_products(monkeypatch: pytest.MonkeyP
         assert torch.equal(generate(model, new=64), want)
         check_fast(handle.report(), steps=63, prompt=REAL["left"])
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
-    assert len(calls) == (64 * model.config.num_hidden_layers if IS_FAST else 0)
+    # A prompt of few tokens waits for the host, and is left to torch's two operations.
+    assert len(calls) == (63 * model.config.num_hidden_layers if IS_FAST else 0)
