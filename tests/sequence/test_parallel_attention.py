@@ -26,7 +26,7 @@ LENGTHS = {
 HEADS = {"mha": (4, 4), "gqa": (8, 2), "mqa": (4, 1), "gqa 12/4": (12, 4), "kv 3": (12, 3)}
 
 
-def _expected(
+def expected_of(
     lengths: list[int],
     heads: tuple[int, int],
     dtype: torch.dtype,
@@ -41,13 +41,18 @@ def _expected(
 
 
 def _check(size: int, algorithm: str, *arguments: Any) -> None:
-    expected = _expected(*arguments)
+    expected = expected_of(*arguments)
     for found in pool(size).run(JOB, algorithm, *arguments):
-        for name, got, want in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-            tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(got.dtype, 3e-2)
-            torch.testing.assert_close(
-                got, want, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
+        assert_same(found, expected)
+
+
+def assert_same(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    """Compares out, dq, dk and dv to what their dtype allows."""
+    for name, got, want in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(got.dtype, 3e-2)
+        torch.testing.assert_close(
+            got, want, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -86,7 +91,7 @@ def test_window_of_ulysses() -> None:
 def test_large_scores_do_not_overflow_the_merge(size: int) -> None:
     # Scores of hundreds: exp of them is infinite in float32, whose roundings of them are 1e-4.
     arguments = ([40], HEADS["mha"], torch.float32, {}, 12.0)
-    expected = _expected(*arguments)
+    expected = expected_of(*arguments)
     for found in pool(size).run(JOB, "ring", *arguments):
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
@@ -94,7 +99,7 @@ def test_large_scores_do_not_overflow_the_merge(size: int) -> None:
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_chunks_of_ulysses(chunks: int) -> None:
-    expected = _expected(LENGTHS["documents"], (8, 4), torch.float64, {})
+    expected = expected_of(LENGTHS["documents"], (8, 4), torch.float64, {})
     found = pool(2).run(
         JOB, "ulysses", LENGTHS["documents"], (8, 4), torch.float64, {"chunks": chunks}
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sequence.pool import pool
-from sequence.test_parallel_attention import HEADS, _expected
+from sequence.test_parallel_attention import HEADS, expected_of
 from sequence.test_sequence_patch import BATCHES, _assert_same, _one_process
 
 UNDER = "sequence.faults:under"
@@ -53,7 +53,7 @@ def test_merge_without_the_maximum_is_seen() -> None:
     job = "sequence.attention_jobs:attend"
     fault = "a merge without the maximum"
     out = pool(2).run(UNDER, fault, job, "ring", *arguments)[0][0]
-    assert not torch.allclose(out, _expected(*arguments)[0], atol=1e-3)
+    assert not torch.allclose(out, expected_of(*arguments)[0], atol=1e-3)
 
 
 def test_a_hang_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
