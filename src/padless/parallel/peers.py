@@ -129,14 +129,18 @@ class PeerCopies:
     def _of_size(self, size: int) -> Window:
         if self._window is None or size > self._capacity:
             if self._window is not None:
-                # Nobody may still read out of what goes.
+                # Nobody may still read out of what goes: this rank does not, and then none does.
+                self._finish_all()
                 self._window.barrier()
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
+                self._finish_all()
                 self._window = None
             self._capacity = -(-size // _GRAIN) * _GRAIN
             self._window = self._open(self._slots * self._capacity)
         return self._window
+
+    def _finish_all(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def _aligned(size: int) -> int:
@@ -271,11 +275,12 @@ def symmetric_opener(group: SequenceGroup, device: torch.device) -> Opener:
     Note:
         The opener raises whatever torch raises where there is none.
     """
+    # Not the group itself: what is kept by it must not keep it.
+    name = group.process_group.group_name
 
     def open_window(size: int) -> Window:
         from torch._C._distributed_c10d import _SymmetricMemory
 
-        name = group.process_group.group_name
         held = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
         return _Symmetric(held, _SymmetricMemory.rendezvous(held, name))
 
