@@ -5,7 +5,9 @@ Graphs are stand-ins here: a step is only launched ahead where steps are replays
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ import padless
 from graph_cases import StandIn, plant_graphs
 from norm_cases import build_model, generate
 from padless.generation import store as stores
+from padless.unpadded import generate as generate_module
 from padless.unpadded import late_stop
 from padless.unpadded.late_stop import LateStop
 
@@ -241,3 +244,27 @@ def test_other_models_and_threads_ask_as_ever(
     with padless.patch(model):
         assert torch.equal(generate(model, **options), want)
     assert len(found) == 2 and all(torch.equal(each, want) for each in found)
+
+
+def test_a_call_leaves_no_cycle(
+    model: LlamaForCausalLM, graphs: type[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a call held is gone with it, and not when the collector comes next."""
+    made: list[weakref.ref[Any]] = []
+    session = generate_module.Session
+
+    def noted(*args: Any) -> Any:
+        found = session(*args)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(generate_module, "Session", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        with padless.patch(model):
+            generate(model)
+            graphs.captured.clear()
+            assert made and all(each() is None for each in made)
+    finally:
+        gc.enable()

@@ -79,6 +79,7 @@ class Session:
         self._batch: FlatBatch | None = None
         self._decoder = ""
         self._runner: StepRunner | None = None
+        self._replays = 0
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -103,7 +104,7 @@ class Session:
                 discard(self.cache)
         if self._ledger is not None and self.cache is not None:
             kept = None if self._ended is None else self._ended.kept
-            replays = 0 if self._runner is None else self._runner.replays
+            replays = self._replays if self._runner is None else self._runner.replays
             left_out = 0 if kept is None else self._rows - kept.shape[0]
             self._ledger.count_generation(
                 self._decoder, steps=self.steps, replays=replays, left_out=left_out
@@ -162,6 +163,7 @@ class Session:
     def _let_go(self) -> None:
         if self._runner is not None:
             self._runner.release()
+            self._replays, self._runner = self._runner.replays, None
         self._batch = None
 
     # The prompt
