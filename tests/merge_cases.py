@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernel_launches
 from padless.kernels.merge import merge_rows
 from padless.kernels.merge_torch import merge
 
@@ -128,12 +129,4 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Lists the grid of every launch from now on."""
     from padless.kernels import merge_triton
 
-    kernel, grids = merge_triton._merge_kernel, []
-
-    class Recorded:
-        def __getitem__(self, grid: tuple[int, ...]) -> object:
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(merge_triton, "_merge_kernel", Recorded())
-    return grids
+    return kernel_launches.count_launches(monkeypatch, merge_triton, "_merge_kernel")

@@ -21,7 +21,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_merge_kernel.py"
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Has Triton compute on the CPU, and records the grid of every launch."""
-    monkeypatch.setattr(merge, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(merge, "is_gpu", lambda device: True)
     monkeypatch.setattr(merge, "_fault", lambda device: None)
     return merge_cases.count_launches(monkeypatch)
 

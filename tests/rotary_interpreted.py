@@ -13,6 +13,7 @@ import torch
 
 import rotary_cases
 from accuracy import draw
+from kernel_launches import count_launches
 from padless.kernels import rotary, rotary_torch, rotary_triton
 from rotary_cases import INTERPRETED, RotaryCase
 
@@ -25,16 +26,8 @@ DTYPES = {torch.float32: 0.5, torch.bfloat16: 1.0}
 @pytest.fixture(autouse=True)
 def kernel_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Has Triton rotate on the CPU, and records the grid of every launch."""
-    kernel, grids = rotary_triton._rotary_kernel, []
-
-    class Recorded:
-        def __getitem__(self, grid: tuple[int, ...]) -> object:
-            grids.append(grid)
-            return kernel[grid]
-
     monkeypatch.setattr(rotary, "_reject_triton", lambda q: None)
-    monkeypatch.setattr(rotary_triton, "_rotary_kernel", Recorded())
-    return grids
+    return count_launches(monkeypatch, rotary_triton, "_rotary_kernel")
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])

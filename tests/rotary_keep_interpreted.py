@@ -31,7 +31,7 @@ def test_numbers_are_the_twin_s(
 
 
 def test_the_choice_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotary_keep, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(rotary_keep, "is_gpu", lambda device: True)
     given = inputs(SHAPES[2], torch.float32)
     want = rotary_keep_cases.twin(given)
     with torch.no_grad():

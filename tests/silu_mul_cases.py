@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernel_launches
 from padless.kernels.silu_mul import silu_mul
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -72,15 +73,7 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Lists the grid of every launch from now on."""
     from padless.kernels import silu_mul_triton
 
-    kernel, grids = silu_mul_triton._silu_mul_kernel, []
-
-    class Recorded:
-        def __getitem__(self, grid: tuple[int, ...]) -> object:
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(silu_mul_triton, "_silu_mul_kernel", Recorded())
-    return grids
+    return kernel_launches.count_launches(monkeypatch, silu_mul_triton, "_silu_mul_kernel")
 
 
 def assert_nothing_beside_is_written(dtype: torch.dtype, device: str = "cpu") -> None:

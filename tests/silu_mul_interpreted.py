@@ -24,7 +24,7 @@ ROUNDINGS = {torch.float16: 2, torch.bfloat16: 4}
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Has Triton compute on the CPU, and records the grid of every launch."""
-    monkeypatch.setattr(silu_mul, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(silu_mul, "is_gpu", lambda device: True)
     monkeypatch.setattr(silu_mul, "_fault", lambda device: None)
     return silu_mul_cases.count_launches(monkeypatch)
 

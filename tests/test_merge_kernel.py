@@ -12,6 +12,7 @@ from torch import Tensor
 
 import merge_cases
 from interpreted import passed_in_the_interpreter
+from kernel_launches import ptx_for_hopper
 from merge_cases import CASES, DTYPES, Case
 from padless.kernels import merge as module
 from padless.kernels.merge import merge_rows
@@ -51,7 +52,7 @@ def _given(dtype: torch.dtype = torch.bfloat16, index: bool = False) -> list[Any
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the choice take the CPU for a GPU with a sound kernel."""
-    monkeypatch.setattr(module, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(module, "is_gpu", lambda device: True)
     monkeypatch.setattr(module, "_fault", lambda device: None)
 
 
@@ -110,8 +111,6 @@ def test_kernel_is_compiled_to_vector_loads_and_stores(
 def _ptx(head_dim: int, has_index: bool) -> str:
     """Compiles the kernel for Hopper, which takes no GPU, as a launch in bfloat16 would."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from padless.kernels import merge_triton
 
@@ -126,15 +125,5 @@ def _ptx(head_dim: int, has_index: bool) -> str:
     }
     types = {"out_ptr": "*bf16", "part_ptr": "*bf16", "lse_ptr": "*fp32", "part_lse_ptr": "*fp32"}
     types |= {"index_ptr": "*i64" if has_index else "*fp32"}
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32")
-        for name in kernel.arg_names
-    }
-    # Memory that torch allocates is aligned to 16 bytes and more.
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4},
-    )
-    return str(compiled.asm["ptx"])
+    types |= dict.fromkeys(("rows", "start", "stride_lse"), "i32")
+    return ptx_for_hopper(kernel, constants, types, num_warps=4)

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 import padless
 from interpreted import passed_in_the_interpreter
+from kernel_launches import ptx_for_hopper
 from norm_cases import LAYERS, NEW, build_model, generate
 from padless.generation.store import RaggedStore
 from padless.kernels import rotary_keep, trial
@@ -28,31 +29,18 @@ def test_kernel_passes_its_tests_in_the_interpreter() -> None:
 
 @pytest.mark.requires("triton")
 def test_kernel_compiles_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from padless.kernels.rotary_keep_triton import _rotate_and_keep_kernel as kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HALF": 64, "BLOCK": 64}
-    signature = {
-        name: "constexpr" if name in constants else "*i64" if name == "slots_ptr" else "*bf16"
-        for name in kernel.arg_names
-    }
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(8)}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 1},
-    )
+    ptx = ptx_for_hopper(kernel, constants, {"slots_ptr": "*i64"}, num_warps=1)
     # Two numbers of half precision a thread, not one.
-    assert set(re.findall(r"st\.global\.(\S+)", compiled.asm["ptx"])) == {"b32"}
+    assert set(re.findall(r"st\.global\.(\S+)", ptx)) == {"b32"}
 
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotary_keep, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(rotary_keep, "is_gpu", lambda device: True)
     monkeypatch.setattr(rotary_keep, "_fault", lambda device: None)
 
 
@@ -103,7 +91,7 @@ def test_modes_that_are_left_to_torch(served: None, monkeypatch: pytest.MonkeyPa
 def test_a_broken_triton_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs((4, 6, 2, 8), torch.float32)
     assert not rotary_keep.rotate_and_keep(*given), "the CPU"
-    monkeypatch.setattr(rotary_keep, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(rotary_keep, "is_gpu", lambda device: True)
     monkeypatch.setattr(trial, "import_optional", lambda name: (None, "no triton"))
     monkeypatch.setattr(rotary_keep, "_fault", rotary_keep._fault.__wrapped__)
     before = given[0].clone()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from interpreted import passed_in_the_interpreter
+from kernel_launches import ptx_for_hopper
 from rotary_cases import INTERPRETED
 
 
@@ -32,10 +33,6 @@ def test_kernel_is_compiled_to_vector_loads_and_stores(
 
 def _ptx(*, num_heads: int, num_kv_heads: int, head_dim: int) -> str:
     """Compiles the kernel for Hopper, which takes no GPU, as a launch in bfloat16 would."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from padless.kernels import rotary_triton
 
     kernel = rotary_triton._rotary_kernel
@@ -51,20 +48,5 @@ def _ptx(*, num_heads: int, num_kv_heads: int, head_dim: int) -> str:
         "ALIGN": rotary_triton._strides(q, k, q, k, q[:, 0], q[:, 0])[0],
         "TRANSPOSED": False,
     }
-    types = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*bf16")
-        for name in kernel.arg_names
-    } | dict.fromkeys(rotary_triton._STRIDES, "i32")
-    # Memory that torch allocates is aligned to 16 bytes and more.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr")
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": tiles.num_warps},
-    )
-    return str(compiled.asm["ptx"])
+    types = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"} | dict.fromkeys(rotary_triton._STRIDES, "i32")
+    return ptx_for_hopper(kernel, constants, types, num_warps=tiles.num_warps)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import silu_mul_cases
 from interpreted import passed_in_the_interpreter
+from kernel_launches import ptx_for_hopper
 from padless.kernels import silu_mul as module
 from padless.kernels import trial
 from padless.kernels.silu_mul import reject_silu_mul, silu_mul
@@ -45,7 +46,7 @@ def test_kernel_passes_its_tests_in_the_interpreter() -> None:
 def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     fault = module._fault
     assert reject_silu_mul(CPU, torch.bfloat16) == "needs CUDA, got cpu"
-    monkeypatch.setattr(module, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(module, "is_gpu", lambda device: True)
     monkeypatch.setattr(module, "_fault", lambda device: None)
     assert reject_silu_mul(CPU, torch.bfloat16) is None
     assert "float16 or bfloat16" in str(reject_silu_mul(CPU, torch.float32))
@@ -76,7 +77,7 @@ X = torch.ones(2, 4, dtype=torch.bfloat16)
     ids=["float32", "dtypes", "shapes", "strided", "gate", "up", "gradient", "number"],
 )
 def test_what_is_left_to_torch(gate: Tensor, up: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(module, "is_gpu", lambda device: True)
     monkeypatch.setattr(module, "_fault", lambda device: None)
     assert module._serves(X, X)
     assert not module._serves(gate, up)
@@ -85,7 +86,7 @@ def test_what_is_left_to_torch(gate: Tensor, up: Tensor, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("mode", ["is_tracing", "is_compiling"])
 def test_tracers_see_torch_s_operations(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(module, "is_gpu", lambda device: True)
     monkeypatch.setattr(module, "_fault", lambda device: None)
     monkeypatch.setattr(module, mode, lambda: True)
     assert not module._serves(X, X)
@@ -105,20 +106,8 @@ def test_kernel_is_compiled_to_vector_loads_and_stores(
 
 def _ptx(width: int) -> str:
     """Compiles the kernel for Hopper, which takes no GPU, as a launch in bfloat16 would."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from padless.kernels import silu_mul_triton
 
     kernel = silu_mul_triton._silu_mul_kernel
     constants: dict[str, Any] = {"WIDTH": width, "BLOCK": silu_mul_triton._BLOCK}
-    signature = {name: "constexpr" if name in constants else "*bf16" for name in kernel.arg_names}
-    # Memory that torch allocates is aligned to 16 bytes and more.
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4},
-    )
-    return str(compiled.asm["ptx"])
+    return ptx_for_hopper(kernel, constants, {}, num_warps=4)

@@ -43,14 +43,14 @@ class _Other(torch.Tensor):
 def test_what_the_kernels_do_not_take_is_left_to_torch(
     mask: torch.Tensor, ids: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpad, "_is_gpu", lambda x: True)
+    monkeypatch.setattr(unpad, "is_gpu", lambda x: True)
     monkeypatch.setattr(unpad, "_fault", lambda device: None)
     assert not unpad._serves([x for x in (mask, ids) if x is not None])
     assert unpad._serves([MASK, torch.zeros(2, 3, dtype=torch.int64)])
 
 
 def test_a_broken_triton_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpad, "_is_gpu", lambda x: True)
+    monkeypatch.setattr(unpad, "is_gpu", lambda x: True)
     monkeypatch.setattr(trial, "import_optional", lambda name: (None, "no triton"))
     monkeypatch.setattr(unpad, "_fault", unpad._fault.__wrapped__)
     assert unpad.unpad_rows(MASK, None, None, None) is None

@@ -6,14 +6,13 @@ twenty kernels of torch, which pass over memory several times.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from padless.environment import is_compiling, is_tracing
+from padless.kernels.launch import are_plain, is_gpu
 from padless.kernels.merge_torch import merge
-from padless.kernels.trial import triton_fault
+from padless.kernels.trial import faults_by
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,11 +53,10 @@ def merge_rows(
 
 
 def _serves(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Tensor | None) -> bool:
-    if not _is_gpu(out.device) or is_compiling() or is_tracing() or torch.is_grad_enabled():
+    if not is_gpu(out.device) or is_compiling() or is_tracing() or torch.is_grad_enabled():
         return False
     given = (out, lse, part, part_lse) if index is None else (out, lse, part, part_lse, index)
-    # Subclasses (sharded, fake) need to see torch's own operations.
-    if not all(type(x) is Tensor and x.device == out.device and x.is_contiguous() for x in given):
+    if not are_plain(given, out.device):
         return False
     # Logarithms in float64 come with float64 outputs, of which the kernel would lose half.
     fits = out.dtype in _DTYPES and part.dtype in _DTYPES
@@ -66,15 +64,6 @@ def _serves(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, index: Ten
     fits = fits and part.shape[1:] == out.shape[1:] and lse.shape[0] == out.shape[1]
     fits = fits and part_lse.shape == (out.shape[1], part.shape[0])
     return fits and _fault(out.device) is None
-
-
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-@functools.cache
-def _fault(device: torch.device) -> str | None:
-    return triton_fault(_try, device)
 
 
 def _try(device: torch.device) -> None:
@@ -99,3 +88,6 @@ def _try(device: torch.device) -> None:
         merge_triton.merge_rows(out, lse, part, part_lse, start, index)
         torch.testing.assert_close(out, want)
         torch.testing.assert_close(lse, want_lse)
+
+
+_fault = faults_by(_try)

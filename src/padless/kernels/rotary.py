@@ -6,7 +6,6 @@ Owns the choice of what rotates, and all that autograd has to know. The arithmet
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from padless.environment import is_compiling
 from padless.kernels import rotary_torch
-from padless.kernels.trial import triton_fault
+from padless.kernels.trial import faults_by
 
 
 class RotaryBackend(NamedTuple):
@@ -95,11 +94,6 @@ def _is_traced() -> bool:
     return is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-@functools.cache
-def _triton_fault(device: torch.device) -> str | None:
-    return triton_fault(_try, device)
-
-
 def _try(device: torch.device) -> None:
     """Rotates a few numbers by the kernel; raises if that is wrong."""
     numbers = torch.linspace(-1, 1, 144, dtype=torch.float32, device=device)
@@ -109,6 +103,9 @@ def _try(device: torch.device) -> None:
     _rotate_of("triton")(q, k, out_q, out_k, cos, sin, transposed=False)
     for out, x in ((out_q, q), (out_k, k)):
         torch.testing.assert_close(out, rotary_torch.rotated(x, cos, sin))
+
+
+_triton_fault = faults_by(_try)
 
 
 def _rotate_of(backend: str) -> Callable[..., None]:

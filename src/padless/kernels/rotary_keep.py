@@ -6,14 +6,13 @@ caller rotates by `apply_rotary` and copies.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from padless.environment import is_compiling, is_tracing
 from padless.kernels import rotary_torch
-from padless.kernels.trial import triton_fault
+from padless.kernels.launch import are_plain, is_gpu
+from padless.kernels.trial import faults_by
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,8 +54,7 @@ def _serves(*given: Tensor) -> bool:
     if is_compiling() or is_tracing() or torch.is_grad_enabled():
         return False
     q, k, v, cos, sin, k_slots, v_slots, slots = given
-    # Subclasses (sharded, fake) need to see torch's own operations.
-    if not all(type(x) is Tensor and x.device == q.device and x.is_contiguous() for x in given):
+    if not are_plain(given, q.device):
         return False
     rows, _, head_dim = q.shape
     fits = k.shape == v.shape == (rows, k_slots.shape[1], head_dim)
@@ -64,16 +62,7 @@ def _serves(*given: Tensor) -> bool:
     fits = fits and k_slots.shape == v_slots.shape and slots.shape == (rows,)
     # Float32 norms promote q and k, which are rounded once they are rotated.
     alike = {x.dtype for x in (q, k, v, k_slots, v_slots)} == {q.dtype} and q.dtype in _DTYPES
-    return fits and alike and _is_gpu(q.device) and _fault(q.device) is None
-
-
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-@functools.cache
-def _fault(device: torch.device) -> str | None:
-    return triton_fault(_try, device)
+    return fits and alike and is_gpu(q.device) and _fault(q.device) is None
 
 
 def _try(device: torch.device) -> None:
@@ -95,3 +84,6 @@ def _try(device: torch.device) -> None:
     free = torch.tensor([0, 2, 4], device=device)
     for kept in (k_slots, v_slots):
         torch.testing.assert_close(kept[free], torch.zeros_like(kept[free]))
+
+
+_fault = faults_by(_try)

@@ -6,14 +6,13 @@ operations, which are what transformers runs.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from padless.environment import is_compiling, is_tracing
-from padless.kernels.trial import triton_fault
+from padless.kernels.launch import are_plain, is_gpu
+from padless.kernels.trial import faults_by
 
 # In float32 the kernel's exponential would be less exact than torch's; rounded to half precision
 # they are alike.
@@ -50,7 +49,7 @@ def reject_silu_mul(device: torch.device, dtype: torch.dtype) -> str | None:
         device: of gate and up.
         dtype: of both.
     """
-    if not _is_gpu(device):
+    if not is_gpu(device):
         return f"needs CUDA, got {device.type}"
     if dtype not in _DTYPES:
         return f"needs float16 or bfloat16, got {dtype}"
@@ -62,20 +61,10 @@ def _serves(gate: Tensor, up: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return False
-    # Subclasses (sharded, fake) need to see torch's own operations.
-    is_plain = type(gate) is Tensor and type(up) is Tensor
-    is_alike = (gate.shape, gate.dtype, gate.device) == (up.shape, up.dtype, up.device)
-    is_whole = gate.is_contiguous() and up.is_contiguous() and gate.dim() > 0
-    return is_plain and is_alike and is_whole and reject_silu_mul(gate.device, gate.dtype) is None
-
-
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-@functools.cache
-def _fault(device: torch.device) -> str | None:
-    return triton_fault(_try, device)
+    if not are_plain((gate, up), gate.device) or gate.dim() == 0:
+        return False
+    is_alike = (gate.shape, gate.dtype) == (up.shape, up.dtype)
+    return is_alike and reject_silu_mul(gate.device, gate.dtype) is None
 
 
 def _try(device: torch.device) -> None:
@@ -87,3 +76,6 @@ def _try(device: torch.device) -> None:
         out = torch.empty_like(gate)
         silu_mul_triton.silu_mul(gate, up, out)
         torch.testing.assert_close(out, F.silu(gate) * up)
+
+
+_fault = faults_by(_try)

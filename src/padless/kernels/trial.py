@@ -5,6 +5,7 @@ It compiles at the first launch, for which it needs a C compiler and a driver th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -30,3 +31,12 @@ def triton_fault(trial: Callable[[torch.device], None], device: torch.device) ->
         lines = str(error).splitlines() or [""]
         return f"Triton's kernel failed its trial: {type(error).__name__}: {lines[0]}"
     return None
+
+
+def faults_by(trial: Callable[[torch.device], None]) -> Callable[[torch.device], str | None]:
+    """Makes what says why a kernel cannot be used on a GPU, tried once on each.
+
+    Args:
+        trial: as for `triton_fault`.
+    """
+    return functools.cache(functools.partial(triton_fault, trial))

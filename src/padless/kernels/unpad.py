@@ -6,14 +6,14 @@ Owns the choice of who does it. The kernels are in `unpad_triton`; where they do
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from padless.environment import is_compiling, is_tracing
-from padless.kernels.trial import triton_fault
+from padless.kernels.launch import is_gpu
+from padless.kernels.trial import faults_by
 
 IGNORED = -100  # the label that transformers' losses ignore
 
@@ -96,16 +96,7 @@ def _serves(tensors: list[Tensor]) -> bool:
     for x in tensors:
         is_plain = type(x) is Tensor and x.device == mask.device and x.shape == mask.shape
         fits = fits and is_plain and not (x.is_floating_point() or x.is_complex())
-    return fits and _is_gpu(mask) and _fault(mask.device) is None
-
-
-def _is_gpu(x: Tensor) -> bool:
-    return x.is_cuda
-
-
-@functools.cache
-def _fault(device: torch.device) -> str | None:
-    return triton_fault(_try, device)
+    return fits and is_gpu(mask.device) and _fault(mask.device) is None
 
 
 def _try(device: torch.device) -> None:
@@ -127,3 +118,6 @@ def _try(device: torch.device) -> None:
         of = found.tokens if hasattr(found.tokens, name) else found
         got = getattr(of, name)[: len(numbers)]
         torch.testing.assert_close(got, torch.tensor(numbers, dtype=got.dtype, device=device))
+
+
+_fault = faults_by(_try)
