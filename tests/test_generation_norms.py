@@ -18,11 +18,12 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import padless
+from graph_cases import plant_graphs
 from norm_cases import NEW, NORMS, build_model, generate, is_clean, plant_kernel
 from padless import environment
 from padless.generation import runner
 from padless.generation.graph import StepGraph
-from padless.unpadded import fused, norms, session
+from padless.unpadded import fused, norms
 from padless.unpadded.fused import FusedModules
 from padless.unpadded.norms import NORM, is_fusable, normalise
 
@@ -108,9 +109,8 @@ def test_a_capture_has_them_too(
         def release(self) -> None:
             pass
 
+    plant_graphs(monkeypatch)
     monkeypatch.setattr(runner, "StepGraph", Captured)
-    monkeypatch.setattr(runner, "run_on_side_stream", lambda step, *given: step(*given))
-    monkeypatch.setattr(session, "uncapturable_reason", lambda head: None)
     want = generate(model)
     with padless.patch(model):
         assert torch.equal(generate(model), want)

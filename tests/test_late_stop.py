@@ -44,36 +44,6 @@ def _ends(model: Any, **options: Any) -> list[int]:
     return [row[number] for row, number in zip(plain, (9, 12, 6), strict=True)]
 
 
-def _seeded(model: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Gives tokens, and what the generator draws next."""
-    torch.manual_seed(3)
-    return generate(model, **options), torch.rand(4)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"do_sample": True, "top_k": 20}, {"repetition_penalty": 1.3}],
-    ids=["greedy", "sampled", "processors"],
-)
-@pytest.mark.parametrize("ends", [True, False], ids=["ends", "most"])
-def test_tokens_and_later_draws_are_those_of_the_unpatched_model(
-    ends: bool, options: dict[str, Any], model: LlamaForCausalLM, graphs: type[StandIn]
-) -> None:
-    if ends:
-        torch.manual_seed(3)
-        options = {**options, "eos_token_id": _ends(model, **options)}
-    options = {**options, "new": MOST}
-    want, drawn = _seeded(model, **options)
-    assert (want.shape[1] < PROMPT + MOST) is ends
-    with padless.patch(model) as handle:
-        got, drawn_too = _seeded(model, **options)
-        steps = handle.report().decoding_steps
-    assert torch.equal(got, want) and got.is_contiguous()
-    assert torch.equal(drawn_too, drawn)
-    # With an end that nobody can foresee, one step is too many.
-    assert steps == want.shape[1] - PROMPT - 1 + ends
-
-
 def test_the_next_step_is_launched_before_the_answer_is_read(
     model: LlamaForCausalLM, graphs: type[StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:

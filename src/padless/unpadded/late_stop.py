@@ -185,11 +185,11 @@ def _asking(stock: Callable[..., bool]) -> Callable[..., bool]:
         self: Any, this_peer_finished: Any, synced_gpus: bool, *args: Any, **kwargs: Any
     ) -> bool:
         late = _current.get()
-        is_ours = late is not None and late.session.head is self
-        if not is_ours or synced_gpus or not isinstance(this_peer_finished, Tensor):
-            return stock(self, this_peer_finished, synced_gpus, *args, **kwargs)
-        assert late is not None
-        return late.goes_on(this_peer_finished)
+        if late is not None and late.session.head is self and not synced_gpus:
+            # No tensor in front of the first token.
+            if isinstance(this_peer_finished, Tensor):
+                return late.goes_on(this_peer_finished)
+        return stock(self, this_peer_finished, synced_gpus, *args, **kwargs)
 
     return goes_on
 
