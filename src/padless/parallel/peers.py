@@ -147,13 +147,9 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
 
 
-def _copy_aside(received: Sequence[Tensor], theirs: Sequence[Tensor]) -> Callable[[], None] | None:
-    """Copies beside the current stream; gives what waits for it, None if it is done."""
+def _copy_aside(received: Sequence[Tensor], theirs: Sequence[Tensor]) -> Callable[[], None]:
+    """Copies on CUDA beside the current stream; gives what has that wait for it."""
     device = received[0].device
-    if device.type != "cuda":
-        for x, y in zip(received, theirs, strict=True):
-            x.copy_(y)
-        return None
     aside = _stream_of(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
