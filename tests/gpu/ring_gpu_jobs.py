@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ def _rms(x: torch.Tensor) -> float:
 
 def compare(rank: int, size: int, store: str, lengths: list[int], answers: Any) -> None:
     """Tells how far a ring that copies, and one that sends, are from one GPU; RMS, relative."""
+    # Where copies cannot be had, padless tells why.
+    logging.basicConfig(level=logging.INFO)
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
