@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +24,6 @@ from padless.parallel import (
     shard_tokens,
     ulysses_attention,
 )
-from padless.parallel.peers import copying
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -72,7 +70,6 @@ def peers(layout: VarlenLayout, mesh: Any) -> dict[str, Peer]:
         names.ULYSSES: sharded(ulysses_attention, "ulysses"),
         names.ULYSSES_OVERLAPPED: sharded(ulysses_attention, "ulysses", chunks=2),
         names.RING: sharded(ring_attention, "ring"),
-        names.RING_COPIED: dataclasses.replace(sharded(ring_attention, "ring"), context=copying),
         names.ULYSSES_BY_HAND: Peer(
             functools.partial(_by_hand, layout, mesh.get_group()),
             lambda row: shard_tokens(row, layout, mesh, "ulysses"),

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from padless.dispatch import no_autocast
 from padless.kernels.merge import merge_rows
+from padless.parallel.detour import let_begin
 from padless.parallel.group import SequenceGroup
-from padless.parallel.peers import Arriving, PeerCopies, copies_of
 from padless.parallel.ring_plan import Block, RingPlan, Rows
 
 Pair = tuple[Tensor, Tensor]
@@ -52,9 +52,7 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, group: SequenceGroup
     ) -> Tensor:
-        # Where no token is of others' concern nothing travels, on any rank.
-        copies = copies_of(group, q.device) if any(plan.shared) else None
-        ring = _Neighbours(group, plan.shared, 1, copies)
+        ring = _Neighbours(group, plan.shared, 1)
         shared = plan.shared[group.rank]
         travelling = k[:shared], v[:shared]
         arriving = ring.start(travelling, 1) if group.size > 1 else None
@@ -70,7 +68,7 @@ class _Ring(torch.autograd.Function):
                 merge_rows(merged, lse, part, part_lse, block.queries.place)
         if merged is not own:
             own.copy_(merged)
-        ctx.plan, ctx.group, ctx.copies = plan, group, copies
+        ctx.plan, ctx.group = plan, group
         # The keys that came last: where backward begins.
         kept = travelling if group.size > 1 else (None, None)
         ctx.save_for_backward(q, k, v, out, lse, *kept)
@@ -81,7 +79,7 @@ class _Ring(torch.autograd.Function):
         q, k, v, out, lse, *travelling = ctx.saved_tensors
         plan: RingPlan = ctx.plan
         group: SequenceGroup = ctx.group
-        ring, exact = _Neighbours(group, plan.shared, -1, ctx.copies), lse.dtype
+        ring, exact = _Neighbours(group, plan.shared, -1), lse.dtype
         shared, dout = plan.shared[group.rank], dout.contiguous()
         # In float32 where more than two are added: two are, and rounded once, by adding them. What
         # comes home on two ranks is the gradient of one block, and is added to that of another.
@@ -137,26 +135,13 @@ class _Neighbours:
         group: the ranks.
         shared: of each rank, how many of its tokens travel.
         way: 1 to send to the rank behind, -1 to the one in front.
-        copies: by which the next rank reads what this one shows; None if it is sent.
     """
 
-    def __init__(
-        self,
-        group: SequenceGroup,
-        shared: tuple[int, ...],
-        way: int,
-        copies: PeerCopies | None,
-    ) -> None:
+    def __init__(self, group: SequenceGroup, shared: tuple[int, ...], way: int) -> None:
         self.group, self.shared, self.way = group, shared, way
-        self._copies = copies
 
     def start(self, sent: Sequence[Tensor], step: int) -> Any:
         """Begins to send; what will arrive is of the rank `step` places in front of this one."""
-        if self._copies is not None:
-            size = self.group.size
-            # What a rank sends is what arrives at the rank that it sends to.
-            counts = [self.shared[(rank + self.way - step) % size] for rank in range(size)]
-            return self._copies.start(sent, (self.group.rank - self.way) % size, counts)
         sent = [x.contiguous() for x in sent]
         tokens = self.shared[(self.group.rank - step) % self.group.size]
         received = tuple(x.new_empty(tokens, *x.shape[1:]) for x in sent)
@@ -171,12 +156,12 @@ class _Neighbours:
             if x.numel()
         ]
         works = dist.batch_isend_irecv(operations) if operations else []
+        if works and received[0].is_cuda:
+            let_begin(received[0].device)
         return works, sent, received
 
     def finish(self, started: Any) -> Any:
         """Waits for what has been begun; what was sent is kept until then."""
-        if isinstance(started, Arriving):
-            return started.wait()
         works, _, received = started
         for work in works:
             work.wait()

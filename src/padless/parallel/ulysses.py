@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from padless.errors import UnsupportedError
 from padless.parallel.exchange import Exchange
 from padless.parallel.group import SequenceGroup
+from padless.parallel.heads import to_blocks, to_rows
 
 # q, k and v of all tokens `(total, heads, head_dim)` to out; out's shape is q's.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,8 +67,8 @@ def attend_by_heads(
     Raises:
         UnsupportedError: the ranks do not divide num_heads.
     """
-    size, (own, num_heads, head_dim) = group.size, q.shape
-    reason = reject_heads(num_heads, size)
+    size = group.size
+    reason = reject_heads(q.shape[1], size)
     if reason:
         raise UnsupportedError(reason)
     copies = copies_of_kv_heads(k.shape[1], size)
@@ -85,22 +85,10 @@ def attend_by_heads(
             f"chunks must divide the {kv_heads} KV heads that each rank attends with, got {chunks}"
         )
     exchange = Exchange(group, totals)
-    # Heads of a rank are neighbours, and so are those of a chunk. Each step here is a copy at most,
-    # forward and backward: to pick a chunk by its index would be two backward.
-    parts = [
-        x.reshape(own, size, chunks, x.shape[1] // (size * chunks), head_dim) for x in (q, k, v)
-    ]
-    picked = [part.unbind(2) if chunks > 1 else (part.flatten(2, 3),) for part in parts]
-    heads = [of_chunks[0].shape[2] for of_chunks in picked]
-    sent = [
-        exchange.to_heads(torch.cat([x.transpose(0, 1) for x in of_chunk], dim=2))
-        for of_chunk in zip(*picked, strict=True)
-    ]
+    heads = [x.shape[1] // (size * chunks) for x in (q, k, v)]
+    sent = [exchange.to_heads(blocks) for blocks in to_blocks((q, k, v), size, chunks)]
     back = []
     for pending in sent:
         out = attend(*pending.wait().split(heads, dim=1))
         back.append(exchange.to_tokens(out))
-    # (size, own, heads, head_dim) each, to (own, num_heads, head_dim)
-    outs = [pending.wait().transpose(0, 1) for pending in back]
-    joined = outs[0] if chunks == 1 else torch.stack(outs, dim=2)
-    return joined.reshape(own, num_heads, head_dim)
+    return to_rows([pending.wait() for pending in back])

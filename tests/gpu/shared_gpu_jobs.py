@@ -1,8 +1,8 @@
-"""What each of two ranks, a GPU each, does for the test of the ring by copies."""
+"""What each of two ranks, a GPU each, does for the test of shared sequences."""
 
 from __future__ import annotations
 
-import logging
+import functools
 from typing import Any
 
 import torch
@@ -10,11 +10,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from padless import VarlenLayout, varlen_attention
-from padless.parallel import gather_row, ring_attention, shard_tokens
-from padless.parallel.group import SequenceGroup
-from padless.parallel.peers import copies_of, copying
+from padless.parallel import gather_row, ring_attention, shard_tokens, ulysses_attention
 
-HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
+HEADS, KV_HEADS, HEAD_DIM = 16, 4, 64
 
 
 def _rms(x: torch.Tensor) -> float:
@@ -22,9 +20,7 @@ def _rms(x: torch.Tensor) -> float:
 
 
 def compare(rank: int, size: int, store: str, lengths: list[int], answers: Any) -> None:
-    """Tells how far a ring that copies, and one that sends, are from one GPU; RMS, relative."""
-    # Where copies cannot be had, padless tells why.
-    logging.basicConfig(level=logging.INFO)
+    """Tells how far either way is from one GPU: RMS, relative, of out, dq, dk and dv."""
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
@@ -42,23 +38,26 @@ def compare(rank: int, size: int, store: str, lengths: list[int], answers: Any) 
         out.backward(whole[3])
         want = [out.detach(), *(x.grad for x in leaves)]
 
-        def errors() -> list[float]:
-            q, k, v, dout = (shard_tokens(x, layout, mesh, "ring") for x in whole)
+        def errors(algorithm: str, attend: Any) -> list[float]:
+            q, k, v, dout = (shard_tokens(x, layout, mesh, algorithm) for x in whole)
             own = [x.clone().requires_grad_() for x in (q, k, v)]
-            # Again and again, as layers do: what was shown is written over.
+            # Again and again, as layers do: memory that was sent is handed out again.
             for _ in range(5):
                 for x in own:
                     x.grad = None
-                made = ring_attention(*own, layout, mesh)
+                made = attend(*own, layout, mesh)
                 made.backward(dout)
             parts = (made.detach(), *(x.grad for x in own))
-            found = (gather_row(x, layout, mesh, "ring") for x in parts)
+            found = (gather_row(x, layout, mesh, algorithm) for x in parts)
             return [_rms(a - b) / _rms(b) for a, b in zip(found, want, strict=True)]
 
-        with copying():
-            copied = errors()
-            is_copied = copies_of(SequenceGroup.of(mesh), torch.device("cuda", rank)) is not None
-        sent = errors()
-        answers.put((rank, is_copied, copied, sent))
+        split = functools.partial(ulysses_attention, chunks=2)
+        answers.put(
+            {
+                "ring": errors("ring", ring_attention),
+                "ulysses": errors("ulysses", ulysses_attention),
+                "ulysses in two parts": errors("ulysses", split),
+            }
+        )
     finally:
         dist.destroy_process_group()
