@@ -139,3 +139,26 @@ def test_a_forward_s_logits_stay_what_they_were(
     with padless.patch(model):
         generate(model, new=8)
     assert len({logits.data_ptr() for logits in kept}) == 8
+
+
+@pytest.mark.parametrize("new", [1, 2, 9])
+def test_whether_a_graph_can_be_captured_is_found_out_behind_the_first_token(
+    new: int, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    reason_of, prompt_of = session.uncapturable_reason, session.Session._prompt
+
+    def reason(head: Any) -> str | None:
+        seen.append("looked")
+        return reason_of(head)
+
+    def prompt(self: session.Session, *args: Any) -> Any:
+        found = prompt_of(self, *args)
+        seen.append("prompt")
+        return found
+
+    monkeypatch.setattr(session, "uncapturable_reason", reason)
+    monkeypatch.setattr(session.Session, "_prompt", prompt)
+    with padless.patch(model):
+        generate(model, new=new)
+    assert seen == (["prompt"] if new == 1 else ["prompt", "looked"])

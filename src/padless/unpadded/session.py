@@ -104,11 +104,10 @@ class Session:
                 discard(self.cache)
         if self._ledger is not None and self.cache is not None:
             kept = None if self._ended is None else self._ended.kept
-            replays = self._replays if self._runner is None else self._runner.replays
             left_out = 0 if kept is None else self._rows - kept.shape[0]
-            self._ledger.count_generation(
-                self._decoder, steps=self.steps, replays=replays, left_out=left_out
-            )
+            replays = self._replays if self._runner is None else self._runner.replays
+            counts = {"steps": self.steps, "replays": replays, "left_out": left_out}
+            self._ledger.count_generation(self._decoder, **counts)
 
     def serve(self, arguments: dict[str, Any], ledger: Ledger) -> Any:
         """Serves a forward of the language model, if it is this call's prompt or next step.
@@ -137,14 +136,15 @@ class Session:
     @property
     def may_run_ahead(self) -> bool:
         """Whether the next step may be launched before it is known that there is to be one."""
-        if not self._is_open or self._runner is None or self._runner.is_eager:
+        if not self._is_open or self._batch is None:
             return False
         store = store_of(self.cache)
         # Buffers that grow would be more than a step too many.
         if store is None or store.longest >= store.capacity:
             return False
         # With the newest token, which no step has seen yet.
-        return self._most is None or store.columns + 1 < self._most
+        is_last = self._most is not None and store.columns + 1 >= self._most
+        return not is_last and not self._runner_of(self._batch).is_eager
 
     def takes_stock_prompt(self) -> bool:
         """Whether the forward that was not served has to compute its padding; asked once."""
@@ -204,10 +204,6 @@ class Session:
             end_tokens = torch.tensor(self._end_tokens, device=logits.device)
             self._ended = EndedRows(end_tokens, self._rows)
         self._decoder = decoder.name
-        eager = uncapturable_reason(self.head)
-        self._runner = StepRunner(self._compute, eager, self._note_eager)
-        if logits.is_cuda and eager is not None:
-            self._note_eager(eager)
         return self._outputs(logits.unsqueeze(1)), None
 
     def _attach(self, arguments: dict[str, Any], store: RaggedStore) -> None:
@@ -221,11 +217,8 @@ class Session:
 
     def _hidden(self, batch: FlatBatch, arguments: dict[str, Any]) -> Tensor:
         """Runs the model's body on a flat batch; `(1, total, hidden_size)`."""
-        given = {
-            name: arguments[name]
-            for name in ("input_ids", "inputs_embeds", "position_ids")
-            if arguments.get(name) is not None
-        }
+        names = ("input_ids", "inputs_embeds", "position_ids")
+        given = {name: x for name in names if (x := arguments.get(name)) is not None}
         with self._fused_for(batch).in_force():
             outputs = self.head.model(
                 **given, attention_mask=batch, use_cache=False, return_dict=True
@@ -262,8 +255,9 @@ class Session:
         if ended is not None:
             ended.see(ids)
             ended.leave_out(store)
-        batch, runner = self._batch, self._runner
-        assert batch is not None and runner is not None
+        batch = self._batch
+        assert batch is not None
+        runner = self._runner_of(batch)
         if batch.layout.batch != store.batch:
             assert batch.decoder is not None
             self._batch = FlatBatch.of_step(store, batch.decoder)
@@ -281,6 +275,15 @@ class Session:
         store.count_step()
         self.steps += 1
         return self._outputs(logits if ended is None else ended.spread(logits)), None
+
+    def _runner_of(self, batch: FlatBatch) -> StepRunner:
+        """Makes what runs the steps, once: behind the first token, which need not wait for that."""
+        if self._runner is None:
+            eager = uncapturable_reason(self.head)
+            self._runner = StepRunner(self._compute, eager, self._note_eager)
+            if eager is not None and batch.layout.cu_seqlens.is_cuda:
+                self._note_eager(eager)
+        return self._runner
 
     def _compute(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The step itself, of `(batch, 1)`; what it needs of the host is known before it begins."""
