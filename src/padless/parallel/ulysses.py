@@ -77,8 +77,8 @@ def attend_by_heads(
     kv_heads = k.shape[1] // size
     if chunks is None:
         # Between two H200 of a host data travels in 5 % of the time, and kernels that share the
-        # device with it, each for half of the heads, lose more: efficiency 0.902 for 0.933 at 32768
-        # tokens, 0.964 for 0.970 at 131072, 32/8 heads of 128 in bfloat16 (2026-11-27).
+        # device with it, each for half of the heads, lose more: efficiency 0.935 for 0.947 at 32768
+        # tokens, 0.970 for 0.984 at 131072, 32/8 heads of 128 in bfloat16 (2026-11-28).
         chunks = 2 if kv_heads % 2 == 0 and not group.is_within_host else 1
     if chunks < 1 or kv_heads % chunks:
         raise ValueError(
