@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from padless.hf.eras import installed_era
+from padless.kernels.unpad import FlatTokens, Unpadded
+from padless.unpadded import structure
+from padless.unpadded.call import flatten_prompt
 from padless.unpadded.prompts import prompt_reason, read_prompt, step_reason
 
 
@@ -25,32 +30,67 @@ def _with(tensor: Tensor, at: tuple[int, int], value: int) -> Tensor:
     return changed
 
 
+def _copies(prompt: dict[str, Any], copies: int) -> int:
+    found = read_prompt(prompt, copies)
+    assert found.ends_real
+    return found.copies
+
+
 @pytest.mark.parametrize("without", [(), ("attention_mask",), ("position_ids",)], ids=str)
 def test_copies_of_a_prompt_are_found(without: tuple[str, ...]) -> None:
     prompt = {name: x for name, x in _prompt().items() if name not in without}
-    assert read_prompt(prompt, 2) == (True, 2)
-    assert read_prompt(prompt, 1) == (True, 1)
+    assert _copies(prompt, 2) == 2
+    assert _copies(prompt, 1) == 1
     # Four rows are not three of each, and not four of one.
-    assert read_prompt(prompt, 3) == (True, 1)
-    assert read_prompt(prompt, 4) == (True, 1)
+    assert _copies(prompt, 3) == 1
+    assert _copies(prompt, 4) == 1
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids"])
 def test_rows_that_differ_are_no_copies(name: str) -> None:
     prompt = _prompt()
     prompt[name] = _with(prompt[name], (3, 1), 7)
-    assert read_prompt(prompt, 2) == (True, 1)
+    assert _copies(prompt, 2) == 1
 
 
 def test_rows_of_one_line_of_positions_are_computed_each() -> None:
-    assert read_prompt(_prompt(position_ids=torch.arange(4)[None]), 2) == (True, 1)
+    assert _copies(_prompt(position_ids=torch.arange(4)[None]), 2) == 1
 
 
 def test_a_prompt_that_ends_in_padding_is_found() -> None:
     prompt = _prompt()
     mask = _with(prompt["attention_mask"], (2, 3), 0)
-    assert read_prompt({**prompt, "attention_mask": mask}, 1) == (False, 1)
-    assert read_prompt({"input_ids": prompt["input_ids"]}, 1) == (True, 1)
+    assert not read_prompt({**prompt, "attention_mask": mask}, 1).ends_real
+    assert read_prompt({"input_ids": prompt["input_ids"]}, 1).ends_real
+
+
+ONES = torch.ones(4, 4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        ({}, True),
+        # What stands at padding is nobody's position.
+        ({"position_ids": _with(_prompt()["position_ids"], (2, 0), 1)}, True),
+        ({"attention_mask": ONES.bool(), "position_ids": torch.arange(4).expand(4, 4)}, True),
+        # Counted by slots, from another number, as two documents, or not at all.
+        ({"position_ids": torch.arange(4).expand(4, 4)}, False),
+        ({"position_ids": _prompt()["position_ids"] + 1}, False),
+        ({"attention_mask": ONES, "position_ids": torch.tensor([[0, 1, 0, 1]] * 4)}, False),
+        ({"position_ids": 0 * ONES}, False),
+        ({"attention_mask": 2 * ONES, "position_ids": torch.arange(4).expand(4, 4)}, False),
+        # Not asked.
+        ({"position_ids": torch.arange(4)[None]}, False),
+        ({"position_ids": None}, False),
+        ({"attention_mask": None}, False),
+    ],
+)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_positions_that_count_real_tokens_are_found(
+    changed: dict[str, Any], counts: bool, copies: int
+) -> None:
+    assert read_prompt(_prompt(**changed), copies).counts_tokens == counts
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +184,51 @@ def test_what_a_step_is_refused_for(changed: dict[str, Any], reason: str | None)
     store: Any = _Store()
     given = step_reason(step, store, rows=2, has_mask=True)
     assert (given is None) if reason is None else (reason in str(given))
+
+
+def _kernels(mask: Tensor, ids: Tensor | None, *_: None) -> Unpadded:
+    """Stands for the kernels: buffers for all slots, of which the first ones are filled."""
+    real = mask.flatten().nonzero()[:, 0]
+    lengths = mask.bool().sum(1)
+
+    def buffer(filled: Tensor) -> Tensor:
+        return F.pad(filled, (0, mask.numel() - len(filled)), value=-7)
+
+    return Unpadded(
+        torch.cat([lengths, torch.zeros_like(lengths)]),
+        F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        buffer(real),
+        FlatTokens(
+            buffer(real % mask.shape[1]),
+            None if ids is None else buffer(ids.flatten()[real]),
+            None,
+            None,
+        ),
+    )
+
+
+@pytest.mark.parametrize("by", ["torch", "kernels"])
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+def test_a_prompt_whose_positions_are_known_to_count_is_the_same_batch(
+    model: LlamaForCausalLM, by: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = _prompt()
+    if given == "embeddings":
+        prompt["inputs_embeds"] = torch.randn(4, 4, 8)
+        del prompt["input_ids"]
+
+    def flat(counts_tokens: bool) -> tuple[Any, dict[str, Any]]:
+        arguments = dict(prompt)
+        batch = flatten_prompt(model.model, arguments, "auto", installed_era(), counts_tokens)
+        assert batch is not None
+        return batch, arguments
+
+    want, expected = flat(False)
+    if by == "kernels":
+        monkeypatch.setattr(structure, "unpad_rows", _kernels)
+    found, arguments = flat(True)
+    assert found.layout.lengths == want.layout.lengths == (4, 4, 3, 3)
+    assert torch.equal(found.layout.indices, want.layout.indices)
+    assert arguments.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(arguments[name], tensor), name

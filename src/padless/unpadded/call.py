@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def flatten_call(
 
 
 def flatten_prompt(
-    model: Any, arguments: dict[str, Any], backend: str, era: Era
+    model: Any, arguments: dict[str, Any], backend: str, era: Era, counts_tokens: bool
 ) -> FlatBatch | None:
     """Flattens a prompt whose rows are one sequence each, in place; counts nothing.
 
@@ -88,6 +89,8 @@ def flatten_prompt(
         arguments: by name, as for `flatten_call`.
         backend: of `varlen_attention`.
         era: of the installed transformers.
+        counts_tokens: whether positions are known to count the real tokens of each row from 0; then
+            they need not be looked through for where sequences begin.
 
     Returns:
         The batch; None if `flatten_call` would not flatten it, or into more sequences than rows.
@@ -97,7 +100,7 @@ def flatten_prompt(
         source = arguments["inputs_embeds"]
     if _stock_reason(model, arguments, source, era) is not None:
         return None
-    found = _read(source, arguments)
+    found = _read(source, {**arguments, "position_ids": None} if counts_tokens else arguments)
     if found.layout is None or len(found.layout.lengths) != source.shape[0]:
         return None
     return _flat(model, source, arguments, found, backend)
@@ -229,6 +232,9 @@ def _flat(
     if positions is not None:
         positions = positions.to(source.device).expand(source.shape[:2])
     tokens = found.tokens or _tokens(layout, positions, arguments, source.device)
+    if found.tokens is not None and positions is not None:
+        # Kernels count slots.
+        tokens = replace(tokens, positions=layout.unpad(positions).long())
     made = {name: getattr(tokens, name) for name in ("input_ids", *PER_TOKEN)}
     if arguments.get("inputs_embeds") is not None:
         made["inputs_embeds"] = layout.unpad(arguments["inputs_embeds"])

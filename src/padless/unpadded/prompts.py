@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,22 +66,38 @@ def _input_reason(head: Any, arguments: dict[str, Any]) -> str | None:
     return None
 
 
-def read_prompt(arguments: dict[str, Any], copies: int) -> tuple[bool, int]:
-    """Reads a prompt, which takes the one wait for the device here.
+class Prompt(NamedTuple):
+    """What a prompt says beside its tokens.
+
+    Attributes:
+        ends_real: whether each row ends in a real token, from which its first new one follows.
+        copies: how many neighbouring rows are alike.
+        counts_tokens: whether positions are known to count the real tokens of each row from 0, as
+            `generate` makes them of the mask.
+    """
+
+    ends_real: bool
+    copies: int
+    counts_tokens: bool
+
+
+def read_prompt(arguments: dict[str, Any], copies: int) -> Prompt:
+    """Reads a prompt by one wait for the device.
 
     Args:
         arguments: of the prompt's forward.
         copies: neighbouring rows that `generate` has made of each row, as far as its options tell.
-
-    Returns:
-        Whether each row ends in a real token, from which its first new one follows; and how many
-        neighbours are indeed alike.
     """
-    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    ids, mask, positions = (
+        arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids")
+    )
     may_be_copies = copies > 1 and ids is not None and ids.shape[0] % copies == 0
     facts = [] if mask is None else [(mask[:, -1] != 0).all()]
+    may_count = mask is not None and positions is not None and positions.shape == mask.shape
+    if mask is not None and may_count:
+        facts.append(((positions == mask.cumsum(1) - 1) | (mask == 0)).all())
     if may_be_copies:
-        rows = [x for x in (ids, mask, arguments.get("position_ids")) if x is not None]
+        rows = [x for x in (ids, mask, positions) if x is not None]
         if all(x.shape[0] == rows[0].shape[0] for x in rows):
             grouped = [x.unflatten(0, (-1, copies)) for x in rows]
             facts += [(x == x[:, :1]).all() for x in grouped]
@@ -89,7 +105,8 @@ def read_prompt(arguments: dict[str, Any], copies: int) -> tuple[bool, int]:
             may_be_copies = False
     found = torch.stack(facts).tolist() if facts else []
     ends_real = mask is None or found.pop(0)
-    return ends_real, copies if may_be_copies and all(found) else 1
+    counts = may_count and found.pop(0)
+    return Prompt(ends_real, copies if may_be_copies and all(found) else 1, counts)
 
 
 def step_reason(

@@ -172,7 +172,7 @@ class Session:
         reason = self._refusal or prompt_reason(self.head, arguments)
         if reason is not None:
             return None, reason
-        ends_real, copies = read_prompt(arguments, self._copies)
+        ends_real, copies, counts_tokens = read_prompt(arguments, self._copies)
         if not ends_real:
             self._is_stock_prompt = True
             return None, RIGHT_PADDING
@@ -181,7 +181,7 @@ class Session:
             # Beams and return sequences begin alike: each prompt is computed once.
             for name in ("input_ids", "attention_mask", "position_ids"):
                 flat[name] = None if flat.get(name) is None else flat[name][::copies]
-        batch = flatten_prompt(self.head.model, flat, ledger.backend, self._era)
+        batch = flatten_prompt(self.head.model, flat, ledger.backend, self._era, counts_tokens)
         if batch is None:
             return None, "a prompt that cannot be flattened to one sequence a row"
         layers = self.head.model.layers
