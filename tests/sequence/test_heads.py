@@ -85,3 +85,13 @@ def test_bits_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = to_blocks([x], 2, 1)
     assert torch.equal(found.view(torch.int16), _formula(2, 1, x)[0].view(torch.int16))
     assert seen == [True, True]
+
+
+def test_an_address_that_no_wide_piece_may_begin_at_is_seen() -> None:
+    memory = bytearray(2 + 7 * 4 * 16 * 2)
+    aligned, beside = (
+        torch.frombuffer(memory, dtype=torch.bfloat16, count=7 * 4 * 16, offset=offset)
+        for offset in (0, 2)
+    )
+    assert sum(heads._is_wide(x.view(7, 4, 16)) for x in (aligned, beside)) <= 1
+    assert heads._is_wide(torch.zeros(7, 4, 16, dtype=torch.bfloat16))

@@ -105,5 +105,6 @@ def _move(source: Tensor, target: Tensor) -> None:
 def _is_wide(x: Tensor) -> bool:
     """Whether each row of numbers can be moved in wide pieces."""
     *strides, last = x.stride()
-    places = [x.shape[-1], x.storage_offset(), *strides]
-    return last == 1 and not any(each * x.itemsize % _WIDE.itemsize for each in places)
+    places = [x.itemsize * n for n in (x.shape[-1], x.storage_offset(), *strides)]
+    # The address too: memory that torch has not allocated may begin anywhere.
+    return last == 1 and not any(n % _WIDE.itemsize for n in (*places, x.data_ptr()))
