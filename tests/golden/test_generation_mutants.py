@@ -105,9 +105,9 @@ def _columns_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     # Positions of slots instead of those that generate hands over.
     sound = StepRunner.run
 
-    def run(self: Any, ids: Tensor, positions: Tensor) -> Tensor:
-        store = self._step.__self__._batch.store
-        return sound(self, ids, torch.full_like(positions, store.columns))
+    def run(self: Any, step: Any, ids: Tensor, positions: Tensor) -> Tensor:
+        store = step.__self__._batch.store
+        return sound(self, step, ids, torch.full_like(positions, store.columns))
 
     monkeypatch.setattr(StepRunner, "run", run)
 

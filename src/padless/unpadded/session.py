@@ -18,7 +18,7 @@ from padless.errors import BackendUnavailableError
 from padless.generation.cache import attach_store, discard, settle, store_of
 from padless.generation.decoder import decoder_of
 from padless.generation.graph import uncapturable_reason
-from padless.generation.runner import StepRunner
+from padless.generation.runner import StepRunner, without_graph
 from padless.generation.store import RaggedStore
 from padless.hf.eras import Era
 from padless.unpadded.batch import FlatBatch
@@ -79,7 +79,6 @@ class Session:
         self._batch: FlatBatch | None = None
         self._decoder = ""
         self._runner: StepRunner | None = None
-        self._replays = 0
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -105,9 +104,10 @@ class Session:
         if self._ledger is not None and self.cache is not None:
             kept = None if self._ended is None else self._ended.kept
             left_out = 0 if kept is None else self._rows - kept.shape[0]
-            replays = self._replays if self._runner is None else self._runner.replays
-            counts = {"steps": self.steps, "replays": replays, "left_out": left_out}
-            self._ledger.count_generation(self._decoder, **counts)
+            replays = 0 if self._runner is None else self._runner.replays
+            self._ledger.count_generation(
+                self._decoder, steps=self.steps, replays=replays, left_out=left_out
+            )
 
     def serve(self, arguments: dict[str, Any], ledger: Ledger) -> Any:
         """Serves a forward of the language model, if it is this call's prompt or next step.
@@ -163,7 +163,6 @@ class Session:
     def _let_go(self) -> None:
         if self._runner is not None:
             self._runner.release()
-            self._replays, self._runner = self._runner.replays, None
         self._batch = None
 
     # The prompt
@@ -271,7 +270,7 @@ class Session:
             positions = positions.expand(rows, 1)
         if ended is not None:
             ids, positions = ended.pick(ids), ended.pick(positions)
-        logits = runner.run(ids, positions)
+        logits = runner.run(self._compute, ids, positions)
         store.count_step()
         self.steps += 1
         return self._outputs(logits if ended is None else ended.spread(logits)), None
@@ -279,10 +278,11 @@ class Session:
     def _runner_of(self, batch: FlatBatch) -> StepRunner:
         """Makes what runs the steps, once: behind the first token, which need not wait for that."""
         if self._runner is None:
+            assert self._ledger is not None
             eager = uncapturable_reason(self.head)
-            self._runner = StepRunner(self._compute, eager, self._note_eager)
+            self._runner = StepRunner(eager, self._ledger.note_generation)
             if eager is not None and batch.layout.cu_seqlens.is_cuda:
-                self._note_eager(eager)
+                self._ledger.note_generation(without_graph(eager))
         return self._runner
 
     def _compute(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -294,7 +294,3 @@ class Session:
         flat = {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
         logits: Tensor = self.head.lm_head(self._hidden(batch, flat))
         return logits.transpose(0, 1)
-
-    def _note_eager(self, reason: str) -> None:
-        if self._ledger is not None:
-            self._ledger.note_generation(f"steps without a CUDA graph: {reason}")
