@@ -231,8 +231,10 @@ def _flat(
     positions = arguments.get("position_ids")
     if positions is not None:
         positions = positions.to(source.device).expand(source.shape[:2])
-    tokens = found.tokens or _tokens(layout, positions, arguments, source.device)
-    if found.tokens is not None and positions is not None:
+    tokens = found.tokens
+    if tokens is None:
+        tokens = _tokens(layout, positions, arguments, source.device)
+    elif positions is not None:
         # Kernels count slots.
         tokens = replace(tokens, positions=layout.unpad(positions).long())
     made = {name: getattr(tokens, name) for name in ("input_ids", *PER_TOKEN)}

@@ -185,10 +185,10 @@ def _asking(stock: Callable[..., bool]) -> Callable[..., bool]:
         self: Any, this_peer_finished: Any, synced_gpus: bool, *args: Any, **kwargs: Any
     ) -> bool:
         late = _current.get()
-        if late is not None and late.session.head is self and not synced_gpus:
-            # No tensor in front of the first token.
-            if isinstance(this_peer_finished, Tensor):
-                return late.goes_on(this_peer_finished)
+        # No tensor in front of the first token.
+        is_asked = isinstance(this_peer_finished, Tensor) and not synced_gpus
+        if is_asked and late is not None and late.session.head is self:
+            return late.goes_on(this_peer_finished)
         return stock(self, this_peer_finished, synced_gpus, *args, **kwargs)
 
     return goes_on

@@ -91,22 +91,23 @@ def read_prompt(arguments: dict[str, Any], copies: int) -> Prompt:
     ids, mask, positions = (
         arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids")
     )
-    may_be_copies = copies > 1 and ids is not None and ids.shape[0] % copies == 0
-    facts = [] if mask is None else [(mask[:, -1] != 0).all()]
-    may_count = mask is not None and positions is not None and positions.shape == mask.shape
-    if mask is not None and may_count:
-        facts.append(((positions == mask.cumsum(1) - 1) | (mask == 0)).all())
-    if may_be_copies:
-        rows = [x for x in (ids, mask, positions) if x is not None]
-        if all(x.shape[0] == rows[0].shape[0] for x in rows):
-            grouped = [x.unflatten(0, (-1, copies)) for x in rows]
-            facts += [(x == x[:, :1]).all() for x in grouped]
-        else:
-            may_be_copies = False
-    found = torch.stack(facts).tolist() if facts else []
-    ends_real = mask is None or found.pop(0)
-    counts = may_count and found.pop(0)
-    return Prompt(ends_real, copies if may_be_copies and all(found) else 1, counts)
+    facts: dict[str, Tensor] = {}
+    if mask is not None:
+        facts["ends real"] = (mask[:, -1] != 0).all()
+        if positions is not None and positions.shape == mask.shape:
+            facts["counts"] = ((positions == mask.cumsum(1) - 1) | (mask == 0)).all()
+    rows = [x for x in (ids, mask, positions) if x is not None]
+    may_be_copies = copies > 1 and ids is not None and len(ids) % copies == 0
+    if may_be_copies and len({len(x) for x in rows}) == 1:
+        grouped = [x.unflatten(0, (-1, copies)) for x in rows]
+        facts["copies"] = torch.stack([(x == x[:, :1]).all() for x in grouped]).all()
+    answers = torch.stack([*facts.values()]).tolist() if facts else []
+    found = dict(zip(facts, answers, strict=True))
+    return Prompt(
+        ends_real=found.get("ends real", True),
+        copies=copies if found.get("copies", False) else 1,
+        counts_tokens=found.get("counts", False),
+    )
 
 
 def step_reason(
