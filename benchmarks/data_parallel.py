@@ -45,7 +45,24 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     record = Record("data_parallel", arguments) if rank == 0 else None
-    is_small = arguments.smoke
+    timings, facts = _measure(arguments, rank, size)
+    if record is not None:
+        record.add("lognormal, median 400", timings, backend=dist.get_backend(), **facts)
+    # A rank that leaves closes sockets that others may still read.
+    dist.barrier()
+    # No DistributedDataParallel is left by now. One that outlived torch's own tables would be the
+    # group's last owner, and wait for Gloo's thread with the interpreter's lock, which that thread
+    # may be waiting for.
+    dist.destroy_process_group()
+
+
+def _measure(arguments: Any, rank: int, size: int) -> tuple[list[Timing], dict[str, Any]]:
+    """Trains by each sampler on one rank and on all.
+
+    Returns:
+        This rank's timings, and what was trained.
+    """
+    device, is_small = arguments.device, arguments.smoke
     shape, longest, max_tokens = (SMOKE, 64, 128) if is_small else (LLAMA_8B_WIDTH, 8192, 16384)
     steps = 2 if is_small else arguments.steps
     lengths = lognormal_lengths(200 if is_small else 20_000, longest, arguments.seed)
@@ -71,20 +88,13 @@ def main() -> None:
                 label = name if ranks == size else names.on_one_rank(name)
                 timings.append(Timing(label, samples={"forward_backward": times}, facts=facts))
             dist.barrier()
-    if record is not None:
-        record.add(
-            "lognormal, median 400",
-            timings,
-            ranks=size,
-            max_tokens=max_tokens,
-            longest=longest,
-            dtype=str(dtype).removeprefix("torch."),
-            model=shape.as_facts(),
-            backend=dist.get_backend(),
-        )
-    # A rank that leaves closes sockets that others may still read.
-    dist.barrier()
-    dist.destroy_process_group()
+    return timings, {
+        "ranks": size,
+        "max_tokens": max_tokens,
+        "longest": longest,
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": shape.as_facts(),
+    }
 
 
 def _train(
