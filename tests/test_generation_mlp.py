@@ -101,7 +101,7 @@ def test_an_mlp_is_bit_for_bit_its_class_s_own(calls: list[tuple[int, ...]]) -> 
         x = torch.randn(1, 5, 8, dtype=dtype)
         with torch.no_grad():
             want = module(x)
-            with FusedModules(module, [NORM, MLP]).in_force():
+            with FusedModules(module.modules(), [NORM, MLP]).in_force():
                 assert torch.equal(module(x), want)
                 # By name it is the class's forward.
                 assert torch.equal(module(x=x), want)

@@ -218,7 +218,7 @@ def test_a_norm_in_float32_of_a_model_in_half_precision(calls: list[tuple[int, .
     norm = LlamaRMSNorm(8)
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     want = norm(x)
-    with torch.no_grad(), FusedModules(norm, [NORM]).in_force():
+    with torch.no_grad(), FusedModules(norm.modules(), [NORM]).in_force():
         got = norm(x)
         assert calls == [] and "forward" in vars(norm)
         norm(x.float())
@@ -244,7 +244,7 @@ def test_modes_that_are_left_alone(
         "autocast": torch.autocast("cpu", torch.bfloat16),
         "gradients": torch.enable_grad(),
     }
-    found = FusedModules(model, [NORM])
+    found = FusedModules(model.modules(), [NORM])
     with torch.set_grad_enabled(False), contexts.get(mode, torch.no_grad()), found.in_force():
         assert is_clean(model)
     # And otherwise not.
@@ -259,7 +259,7 @@ def test_what_is_compiled_piece_by_piece_has_the_class_s_forward(
     norm, x = LlamaRMSNorm(8), torch.randn(3, 8)
     compiled = torch.compile(lambda x: norm(x), backend="eager", fullgraph=True)
     want = norm(x)
-    with torch.no_grad(), FusedModules(norm, [NORM]).in_force():
+    with torch.no_grad(), FusedModules(norm.modules(), [NORM]).in_force():
         assert torch.equal(compiled(x), want)
         assert calls == []
         norm(x)

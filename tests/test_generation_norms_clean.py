@@ -127,7 +127,7 @@ def test_state_is_untouched_inside_a_step(
 ) -> None:
     names = list(model.state_dict())
     modules = [name for name, _ in model.named_modules()]
-    with torch.no_grad(), FusedModules(model, [NORM]).in_force():
+    with torch.no_grad(), FusedModules(model.modules(), [NORM]).in_force():
         assert list(model.state_dict()) == names
         assert [name for name, _ in model.named_modules()] == modules
 
@@ -135,7 +135,7 @@ def test_state_is_untouched_inside_a_step(
 def test_a_forward_that_somebody_binds_on_the_way_stays(
     model: LlamaForCausalLM, calls: list[tuple[int, ...]]
 ) -> None:
-    fused, norm, x = FusedModules(model, [NORM]), model.model.norm, torch.randn(1, 32)
+    fused, norm, x = FusedModules(model.modules(), [NORM]), model.model.norm, torch.randn(1, 32)
     norm.forward = forward = lambda hidden_states: hidden_states
     with torch.no_grad(), fused.in_force():
         assert norm(x) is x
@@ -192,13 +192,13 @@ def test_two_threads_generate_with_one_model(
 def test_counting_keeps_the_norms_for_the_last(
     model: LlamaForCausalLM, calls: list[tuple[int, ...]]
 ) -> None:
-    fused, again = FusedModules(model, [NORM]), FusedModules(model, [NORM])
+    fused, again = FusedModules(model.modules(), [NORM]), FusedModules(model.modules(), [NORM])
     norm, x = model.model.norm, torch.randn(1, 32)
     with torch.no_grad():
         with fused.in_force():
             with again.in_force():
                 # Made while they are in force, a list finds the same norms.
-                assert len(FusedModules(model, [NORM])._modules) == NORMS
+                assert len(FusedModules(model.modules(), [NORM])._modules) == NORMS
             norm(x)
             assert len(calls) == 1 and not is_clean(model)
         assert is_clean(model)
@@ -212,11 +212,11 @@ def test_another_thread_that_does_not_generate_computes_as_ever(
     norm, x, outs = model.model.norm, torch.randn(1, 32, requires_grad=True), []
 
     def compute() -> None:
-        with torch.no_grad(), FusedModules(LlamaRMSNorm(8), [NORM]).in_force():
+        with torch.no_grad(), FusedModules(LlamaRMSNorm(8).modules(), [NORM]).in_force():
             pass  # It generates something else, and is between two steps.
         outs.append(norm(x))
 
-    with torch.no_grad(), FusedModules(model, [NORM]).in_force():
+    with torch.no_grad(), FusedModules(model.modules(), [NORM]).in_force():
         thread = threading.Thread(target=compute)
         thread.start()
         thread.join()

@@ -14,7 +14,7 @@ from padless.hf.eras import installed_era
 from padless.kernels.unpad import FlatTokens, Unpadded
 from padless.unpadded import structure
 from padless.unpadded.call import flatten_prompt
-from padless.unpadded.prompts import prompt_reason, read_prompt, step_reason
+from padless.unpadded.prompts import Prompt, prompt_reason, read_prompt, step_reason
 
 
 def _prompt(**changed: Any) -> dict[str, Any]:
@@ -83,7 +83,14 @@ ONES = torch.ones(4, 4, dtype=torch.int64)
         # Not asked.
         ({"position_ids": torch.arange(4)[None]}, False),
         ({"position_ids": None}, False),
+        # Without a mask every slot is real.
+        ({"attention_mask": None, "position_ids": torch.arange(4).expand(4, 4)}, True),
+        ({"attention_mask": None, "position_ids": torch.arange(4)[None]}, True),
+        ({"attention_mask": None, "position_ids": torch.arange(4)}, False),
         ({"attention_mask": None}, False),
+        ({"attention_mask": None, "position_ids": torch.arange(1, 5).expand(4, 4)}, False),
+        ({"attention_mask": None, "position_ids": torch.tensor([[0, 1, 0, 1]] * 4)}, False),
+        ({"attention_mask": None, "position_ids": 0 * ONES}, False),
     ],
 )
 @pytest.mark.parametrize("copies", [1, 2])
@@ -91,6 +98,25 @@ def test_positions_that_count_real_tokens_are_found(
     changed: dict[str, Any], counts: bool, copies: int
 ) -> None:
     assert read_prompt(_prompt(**changed), copies).counts_tokens == counts
+
+
+@pytest.mark.parametrize(
+    ("mask", "hides_nothing"),
+    [
+        (ONES, True),
+        (ONES.bool(), True),
+        (_prompt()["attention_mask"], False),
+        (_with(ONES, (2, 1), 0), False),
+        # Left to transformers, as any call with such a mask.
+        (ONES.float(), False),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_masks_that_hide_nothing_are_found(
+    mask: Tensor | None, hides_nothing: bool, copies: int
+) -> None:
+    assert read_prompt(_prompt(attention_mask=mask), copies).hides_nothing == hides_nothing
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +160,14 @@ def _filled() -> DynamicCache:
 def test_what_a_prompt_is_refused_for(
     model: LlamaForCausalLM, changed: dict[str, Any], reason: str | None
 ) -> None:
-    given = prompt_reason(model, {"past_key_values": DynamicCache(), **_prompt(), **changed})
+    prompt = {"past_key_values": DynamicCache(), **_prompt(), **changed}
+    given = prompt_reason([*model.modules()], prompt)
     assert (given is None) if reason is None else (reason in str(given))
 
 
 def test_gradients_are_refused(model: LlamaForCausalLM) -> None:
-    assert prompt_reason(model, {"past_key_values": DynamicCache(), **_prompt()}) == "gradients"
+    prompt = {"past_key_values": DynamicCache(), **_prompt()}
+    assert prompt_reason([*model.modules()], prompt) == "gradients"
 
 
 @torch.no_grad()
@@ -147,8 +175,8 @@ def test_checkpointing_in_training_mode_is_refused(model: LlamaForCausalLM) -> N
     prompt = {"past_key_values": DynamicCache(), **_prompt()}
     model.gradient_checkpointing_enable()
     try:
-        assert prompt_reason(model.eval(), prompt) is None
-        assert prompt_reason(model.train(), prompt) == "checkpointing in training mode"
+        assert prompt_reason([*model.eval().modules()], prompt) is None
+        assert prompt_reason([*model.train().modules()], prompt) == "checkpointing in training mode"
     finally:
         model.gradient_checkpointing_disable()
 
@@ -208,27 +236,36 @@ def _kernels(mask: Tensor, ids: Tensor | None, *_: None) -> Unpadded:
 
 
 @pytest.mark.parametrize("by", ["torch", "kernels"])
-@pytest.mark.parametrize("given", ["ids", "embeddings"])
+@pytest.mark.parametrize("given", ["ids", "embeddings", "no mask", "ones"])
 def test_a_prompt_whose_positions_are_known_to_count_is_the_same_batch(
     model: LlamaForCausalLM, by: str, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = _prompt()
+    is_whole = given in ("no mask", "ones")
+    if is_whole:
+        mask = None if given == "no mask" else ONES
+        prompt.update(attention_mask=mask, position_ids=torch.arange(4).expand(4, 4))
     if given == "embeddings":
         prompt["inputs_embeds"] = torch.randn(4, 4, 8)
         del prompt["input_ids"]
 
-    def flat(counts_tokens: bool) -> tuple[Any, dict[str, Any]]:
+    def flat(known: Prompt) -> tuple[Any, dict[str, Any]]:
         arguments = dict(prompt)
-        batch = flatten_prompt(model.model, arguments, "auto", installed_era(), counts_tokens)
+        batch = flatten_prompt(model.model, arguments, "auto", installed_era(), known)
         assert batch is not None
         return batch, arguments
 
-    want, expected = flat(False)
+    want, expected = flat(
+        Prompt(ends_real=True, hides_nothing=False, copies=1, counts_tokens=False)
+    )
     if by == "kernels":
         monkeypatch.setattr(structure, "unpad_rows", _kernels)
-    found, arguments = flat(True)
-    assert found.layout.lengths == want.layout.lengths == (4, 4, 3, 3)
-    assert torch.equal(found.layout.indices, want.layout.indices)
+    found, arguments = flat(read_prompt(prompt, 1))
+    lengths = (4, 4, 4, 4) if is_whole else (4, 4, 3, 3)
+    assert found.layout.lengths == want.layout.lengths == lengths
+    assert (found.layout.indices is None) == (want.layout.indices is None) == is_whole
+    if want.layout.indices is not None:
+        assert torch.equal(found.layout.indices, want.layout.indices)
     assert arguments.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(arguments[name], tensor), name

@@ -29,7 +29,7 @@ def generate(
     ids, real = batch(padding, seqlen=seqlen)
     torch.manual_seed(7)
     options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": new, **options}
-    return model.generate(input_ids=ids, attention_mask=real.long(), **options)
+    return model.generate(**{"input_ids": ids, "attention_mask": real.long(), **options})
 
 
 def check_fast(report: PatchReport, *, steps: int, prompt: int, calls: int = 1) -> None:

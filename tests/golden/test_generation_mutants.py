@@ -155,7 +155,7 @@ def _rotated_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _never(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "prompt_reason", lambda head, arguments: "planted")
+    monkeypatch.setattr(session, "prompt_reason", lambda modules, arguments: "planted")
 
 
 MUTANTS: dict[str, tuple[Plant, dict[str, Any]]] = {

@@ -16,7 +16,7 @@ import padless
 from golden.generating import IS_FAST, REAL, check_cache, check_fast, generate
 from golden.models import HEADS, VERSION, batch, build_model, since, until
 from golden.test_patch_cache import keys_and_values
-from padless.unpadded import mlp, norms
+from padless.unpadded import mlp, norms, structure
 
 pytestmark = pytest.mark.case("generate")
 
@@ -223,6 +223,27 @@ def test_what_is_left_to_transformers_says_why(options: dict[str, Any], reason: 
     assert torch.equal(got, want)
     assert report.generations == 0
     assert report.generation_notes == ({reason: 1} if IS_FAST else {})
+
+
+def _read_by_slots(*unused: Any) -> None:
+    raise AssertionError("looked for padding, or for documents")
+
+
+@pytest.mark.skipif(not IS_FAST, reason="generate is looked into from 4.48 on")
+@pytest.mark.parametrize("given", ["mask", "no mask", "beams"])
+def test_a_prompt_without_padding_is_not_looked_through(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model()
+    options: dict[str, Any] = {"num_beams": 2} if given == "beams" else {}
+    if given == "no mask":
+        options["attention_mask"] = None
+    want = generate(model, "none", **options)
+    for name in ("_real", "unpad_rows"):
+        monkeypatch.setattr(structure, name, _read_by_slots)
+    with padless.patch(model) as handle:
+        assert torch.equal(generate(model, "none", **options), want)
+        check_fast(handle.report(), steps=11, prompt=REAL["none"])
 
 
 @pytest.mark.skipif(not IS_FAST, reason="generate is looked into from 4.48 on")

@@ -76,7 +76,7 @@ def test_a_norm_is_no_less_exact(dtype: torch.dtype, hidden_size: int, rows: int
     truth = weight * double * (double.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     with torch.no_grad():
         plain = norm(x)
-        with FusedModules(norm, [NORM]).in_force(), _Launched() as launched:
+        with FusedModules(norm.modules(), [NORM]).in_force(), _Launched() as launched:
             got = norm(x)
     assert launched.names["_fused_rms_norm"] == 1, launched.names
     assert got.dtype == dtype

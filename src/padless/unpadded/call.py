@@ -15,6 +15,7 @@ from padless.kernels.unpad import FlatTokens
 from padless.layout import VarlenLayout
 from padless.unpadded.batch import FlatBatch
 from padless.unpadded.ledger import Ledger
+from padless.unpadded.prompts import Prompt
 from padless.unpadded.sharding import shard_call, whole_reason
 from padless.unpadded.structure import Structure, flatten_labels, read_structure
 
@@ -80,7 +81,7 @@ def flatten_call(
 
 
 def flatten_prompt(
-    model: Any, arguments: dict[str, Any], backend: str, era: Era, counts_tokens: bool
+    model: Any, arguments: dict[str, Any], backend: str, era: Era, prompt: Prompt
 ) -> FlatBatch | None:
     """Flattens a prompt whose rows are one sequence each, in place; counts nothing.
 
@@ -89,8 +90,7 @@ def flatten_prompt(
         arguments: by name, as for `flatten_call`.
         backend: of `varlen_attention`.
         era: of the installed transformers.
-        counts_tokens: whether positions are known to count the real tokens of each row from 0; then
-            they need not be looked through for where sequences begin.
+        prompt: what is known of the arguments, which then need not be looked through for it.
 
     Returns:
         The batch; None if `flatten_call` would not flatten it, or into more sequences than rows.
@@ -100,7 +100,9 @@ def flatten_prompt(
         source = arguments["inputs_embeds"]
     if _stock_reason(model, arguments, source, era) is not None:
         return None
-    found = _read(source, {**arguments, "position_ids": None} if counts_tokens else arguments)
+    known = {"position_ids": prompt.counts_tokens, "attention_mask": prompt.hides_nothing}
+    asked = {name: None if known.get(name) else value for name, value in arguments.items()}
+    found = _read(source, asked)
     if found.layout is None or len(found.layout.lengths) != source.shape[0]:
         return None
     return _flat(model, source, arguments, found, backend)

@@ -7,7 +7,7 @@ does. Which modules, and what they compute then, is `norms`' and `mlp`'s.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -42,12 +42,12 @@ class FusedModules:
     """The modules of one model that may be fused; none if anything of it is compiled.
 
     Args:
-        model: the language modelling head, or any module.
+        modules: of the model, all of them.
         fusions: the kinds to look for.
     """
 
-    def __init__(self, model: nn.Module, fusions: Sequence[Fusion]) -> None:
-        modules = list(model.modules())
+    def __init__(self, modules: Iterable[nn.Module], fusions: Sequence[Fusion]) -> None:
+        modules = list(modules)
         self._modules: list[tuple[nn.Module, Fusion]] = [
             (module, fusion)
             for module in modules

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from padless.generation.store import RaggedStore
 
@@ -19,14 +20,19 @@ _KNOWN = frozenset({
 })  # fmt: skip
 
 
-def prompt_reason(head: Any, arguments: dict[str, Any]) -> str | None:
-    """Says why a call's prompt is not one to decode behind; None if it is."""
+def prompt_reason(modules: Sequence[nn.Module], arguments: dict[str, Any]) -> str | None:
+    """Says why a call's prompt is not one to decode behind; None if it is.
+
+    Args:
+        modules: of the language modelling head, itself first.
+        arguments: of the prompt's forward.
+    """
     cache = arguments.get("past_key_values")
     if cache is None and not arguments.get("use_cache"):
         return "without a cache"
     if torch.is_grad_enabled():
         return "gradients"
-    return _cache_reason(cache) or _input_reason(head, arguments)
+    return _cache_reason(cache) or _input_reason(modules, arguments)
 
 
 def _cache_reason(cache: Any) -> str | None:
@@ -43,7 +49,7 @@ def _cache_reason(cache: Any) -> str | None:
     return None
 
 
-def _input_reason(head: Any, arguments: dict[str, Any]) -> str | None:
+def _input_reason(modules: Sequence[nn.Module], arguments: dict[str, Any]) -> str | None:
     for name, value in arguments.items():
         is_new = name not in _KNOWN and name != "inputs_embeds"
         if is_new and value is not None and value is not False:
@@ -53,12 +59,11 @@ def _input_reason(head: Any, arguments: dict[str, Any]) -> str | None:
     if not isinstance(source, Tensor) or source.dim() < 2 or source.shape[1] == 0:
         return "no prompt"
     # Not by parameters(), which looks for those that are tied: a call of few tokens waits for this.
-    held = (module._parameters.values() for module in head.modules())
+    held = (module._parameters.values() for module in modules)
     devices = {parameter.device for each in held for parameter in each if parameter is not None}
     if devices != {source.device} or source.device.type == "meta":
         return "a model or prompt on several devices"
-    body = head.model
-    if head.training and any(getattr(m, "gradient_checkpointing", False) for m in body.modules()):
+    if modules[0].training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
         return "checkpointing in training mode"
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != source.shape[:2]:
@@ -71,12 +76,14 @@ class Prompt(NamedTuple):
 
     Attributes:
         ends_real: whether each row ends in a real token, from which its first new one follows.
+        hides_nothing: whether there is a mask, and every slot of it is real.
         copies: how many neighbouring rows are alike.
         counts_tokens: whether positions are known to count the real tokens of each row from 0, as
             `generate` makes them of the mask.
     """
 
     ends_real: bool
+    hides_nothing: bool
     copies: int
     counts_tokens: bool
 
@@ -93,9 +100,16 @@ def read_prompt(arguments: dict[str, Any], copies: int) -> Prompt:
     )
     facts: dict[str, Tensor] = {}
     if mask is not None:
-        facts["ends real"] = (mask[:, -1] != 0).all()
+        real = mask != 0
+        facts["ends real"] = real[:, -1].all()
+        if not mask.is_floating_point():
+            facts["hides nothing"] = real.all()
         if positions is not None and positions.shape == mask.shape:
-            facts["counts"] = ((positions == mask.cumsum(1) - 1) | (mask == 0)).all()
+            facts["counts"] = ((positions == mask.cumsum(1) - 1) | ~real).all()
+    elif positions is not None and positions.dim() == 2:
+        # transformers leaves out a mask that hides nothing.
+        slots = torch.arange(positions.shape[-1], device=positions.device)
+        facts["counts"] = (positions == slots).all()
     rows = [x for x in (ids, mask, positions) if x is not None]
     may_be_copies = copies > 1 and ids is not None and len(ids) % copies == 0
     if may_be_copies and len({len(x) for x in rows}) == 1:
@@ -105,6 +119,7 @@ def read_prompt(arguments: dict[str, Any], copies: int) -> Prompt:
     found = dict(zip(facts, answers, strict=True))
     return Prompt(
         ends_real=found.get("ends real", True),
+        hides_nothing=found.get("hides nothing", False),
         copies=copies if found.get("copies", False) else 1,
         counts_tokens=found.get("counts", False),
     )

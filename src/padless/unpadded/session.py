@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from padless.errors import BackendUnavailableError
 from padless.generation.cache import attach_store, discard, settle, store_of
@@ -73,6 +73,7 @@ class Session:
         self._rows = 0
         self._ledger: Ledger | None = None
         self._fused: FusedModules | None = None
+        self._modules: list[nn.Module] = []
         self._is_open = True
         self._is_stock_prompt = False
         self._has_mask = False
@@ -168,19 +169,21 @@ class Session:
     # The prompt
 
     def _prompt(self, arguments: dict[str, Any], ledger: Ledger) -> tuple[Any, str | None]:
-        reason = self._refusal or prompt_reason(self.head, arguments)
+        # Once, for all that look at them: a call of few tokens waits for this.
+        self._modules = list(self.head.modules())
+        reason = self._refusal or prompt_reason(self._modules, arguments)
         if reason is not None:
             return None, reason
-        ends_real, copies, counts_tokens = read_prompt(arguments, self._copies)
-        if not ends_real:
+        prompt = read_prompt(arguments, self._copies)
+        if not prompt.ends_real:
             self._is_stock_prompt = True
             return None, RIGHT_PADDING
         flat = {k: v for k, v in arguments.items() if k not in ("past_key_values", "use_cache")}
-        if copies > 1:
+        if (copies := prompt.copies) > 1:
             # Beams and return sequences begin alike: each prompt is computed once.
             for name in ("input_ids", "attention_mask", "position_ids"):
                 flat[name] = None if flat.get(name) is None else flat[name][::copies]
-        batch = flatten_prompt(self.head.model, flat, ledger.backend, self._era, counts_tokens)
+        batch = flatten_prompt(self.head.model, flat, ledger.backend, self._era, prompt)
         if batch is None:
             return None, "a prompt that cannot be flattened to one sequence a row"
         layers = self.head.model.layers
@@ -229,9 +232,9 @@ class Session:
         width = int(self.head.config.hidden_size)
         if batch.decoder is None and is_little_layer(batch.layout.total, width, trains=False):
             # The host launches a kernel of Triton's more slowly than torch's two.
-            return FusedModules(self.head, (NORM,))
+            return FusedModules(self._modules, (NORM,))
         if self._fused is None:
-            self._fused = FusedModules(self.head, (NORM, MLP))
+            self._fused = FusedModules(self._modules, (NORM, MLP))
         return self._fused
 
     def _outputs(self, logits: Tensor) -> Any:
