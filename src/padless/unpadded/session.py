@@ -124,7 +124,8 @@ class Session:
             return None
         if self.cache is None:
             self._ledger = ledger
-            outputs, reason = self._prompt(arguments, ledger)
+            refused = None, self._refusal
+            outputs, reason = refused if self._refusal else self._prompt(arguments, ledger)
         elif arguments.get("past_key_values") is not self.cache:
             # Of somebody inside generate, with a cache of its own or none.
             return None
@@ -171,7 +172,7 @@ class Session:
     def _prompt(self, arguments: dict[str, Any], ledger: Ledger) -> tuple[Any, str | None]:
         # Once, for all that look at them: a call of few tokens waits for this.
         self._modules = list(self.head.modules())
-        reason = self._refusal or prompt_reason(self._modules, arguments)
+        reason = prompt_reason(self._modules, arguments)
         if reason is not None:
             return None, reason
         prompt = read_prompt(arguments, self._copies)
