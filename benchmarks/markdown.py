@@ -39,7 +39,22 @@ def title(table: Json) -> str:
     if "measured" in table:
         # Of another run than the record's.
         text += f"; measured apart, commit {table['measured']['commit'] or 'not known'}"
-    return text
+    counts = turns(table["rows"])
+    return f"{text}; turns a row: {counts}" if counts else text
+
+
+def turns(rows: Iterable[Json]) -> str:
+    """Writes how many turns are behind rows' medians; nothing where nobody counted them."""
+    counts = [
+        figure["count"]
+        for row in rows
+        for figure in row.values()
+        if isinstance(figure, dict) and "count" in figure
+    ]
+    if not counts:
+        return ""
+    fewest, most = min(counts), max(counts)
+    return str(fewest) if fewest == most else f"{fewest} to {most}"
 
 
 def name_cell(row: Json) -> str:

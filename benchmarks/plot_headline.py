@@ -25,7 +25,7 @@ _ROWS = (
 
 
 def draw_headline(records: Sequence[Json], folder: Path) -> Path | None:
-    """Draws the training step of the last GPU among the records.
+    """Draws the training step of the first GPU among the records, which the README speaks of.
 
     Args:
         records: as `results_folder.load` gives them.
@@ -43,7 +43,7 @@ def draw_headline(records: Sequence[Json], folder: Path) -> Path | None:
     if not steps:
         return None
     with plt.rc_context(STYLE):
-        figure = headline(steps[-1])
+        figure = headline(steps[0])
         path = folder / FILE
         figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)

@@ -13,6 +13,7 @@ from benchmarks.markdown import (
     plain,
     reason_cells,
     titled,
+    turns,
     write_table,
 )
 from benchmarks.results_folder import Json, device, median_ms, of_script
@@ -137,7 +138,8 @@ def _lengths(record: Json) -> str:
     blocks = []
     for kind in ("one sequence", "packed documents"):
         tables = [table for table in record["tables"] if table["kind"] == kind]
-        header = ("tokens", "padless ms", "floor ms", "padless over the floor", "padless peak GiB")
+        header = ["tokens", "turns", "padless ms", "floor ms", "padless over the floor"]
+        header += ["padless peak GiB"]
         lines = []
         for table in tables:
             found = {row["name"]: row for row in table["rows"]}
@@ -145,10 +147,12 @@ def _lengths(record: Json) -> str:
             floors = [ms for name in names.FLOORS if (ms := median_ms(table, name)) is not None]
             if ours is None or not floors:
                 reason = found[names.PADLESS]["reason"] or "no floor"
-                lines.append([f"{table['tokens_real']:,}", reason, "", "", ""])
+                lines.append([f"{table['tokens_real']:,}", reason, "", "", "", ""])
                 continue
-            cells = (number(ours), number(min(floors)), number(ours / min(floors)))
-            lines.append([f"{table['tokens_real']:,}", *cells, gib(found[names.PADLESS])])
+            compared = [found[name] for name in (names.PADLESS, *names.FLOORS) if name in found]
+            cells = [turns(compared), number(ours), number(min(floors))]
+            cells += [number(ours / min(floors)), gib(found[names.PADLESS])]
+            lines.append([f"{table['tokens_real']:,}", *cells])
         blocks.append(f"*{kind}*\n\n{write_table(header, lines)}")
     return "\n\n".join(blocks)
 

@@ -150,8 +150,7 @@ def _generation(record: Json) -> Iterator[_Finding]:
         floor = _divide(ours, table["decode_floor_ms"])
         yield _Finding("P7", f"a decoded token over the floor; {case}", floor, at_most=2.2)
         yield _Finding("P7", f"the same, the record to go for; {case}", floor, at_most=1.9)
-        best = least_ms(table, names.GENERATION_PEERS, "prefill_ms")
-        first = _divide(median_ms(table, names.PADLESS, "prefill_ms"), best)
+        first = _over_peers(table, "prefill_ms")
         yield _Finding("P7", f"first token over the best peer's; {case}", first, at_most=1.0)
         if not table["new_lengths"]:
             continue
@@ -159,6 +158,16 @@ def _generation(record: Json) -> Iterator[_Finding]:
             times = ratio(table, name, names.PADLESS, "decode_ms")
             measure = f"a decoded token, {name} over ours; {case}"
             yield _Finding("P7", measure, times, at_least=bound)
+    for measure, what in (("prefill_ms", "first token"), ("decode_ms", "a decoded token")):
+        found = (_over_peers(table, measure) for table in record["tables"])
+        worst = max((over for over in found if over is not None), default=None)
+        text = f"{what} over the best peer's; largest of all batches"
+        yield _Finding("P7", text, worst, at_most=1.0)
+
+
+def _over_peers(table: Json, measure: str) -> float | None:
+    best = least_ms(table, names.GENERATION_PEERS, measure)
+    return _divide(median_ms(table, names.PADLESS, measure), best)
 
 
 def _syncs(record: Json) -> Iterator[_Finding]:

@@ -14,6 +14,7 @@ import torch
 from benchmarks import names, record, step
 from benchmarks.attention_layer import AttentionLayer
 from benchmarks.layer_batch import LayerBatch
+from benchmarks.lengths import TOKENS, share_out
 from benchmarks.step_variants import TrainingStep
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -118,6 +119,15 @@ def test_new_lengths_are_timed_twice() -> None:
     rows = {row["name"]: row for row in table["rows"]}
     assert names.EAGER not in rows
     assert rows[names.PADLESS]["again_ms"]["count"] >= 1
+
+
+def test_no_length_is_left_with_hardly_any_time() -> None:
+    shares = share_out(28.0, TOKENS)
+
+    assert list(shares) == list(TOKENS)
+    assert sum(shares.values()) == pytest.approx(28.0)
+    assert min(shares.values()) > 28.0 / len(shares) / 2
+    assert shares[131072] - shares[65536] > 2 * (shares[32768] - shares[16384])
 
 
 def test_syncs_counts_compilations() -> None:
