@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from benchmarks.markdown import number
 from benchmarks.results_folder import Json
 from padless.benchmark.plot_style import INK, color_of, new_figure, timed
 
@@ -46,7 +47,7 @@ def _bars(axis: Axes, table: Json) -> None:
         spread = row["decode_ms"]
         axis.plot([spread["p20"], spread["p80"]], [place, place], color=INK, linewidth=1)
         first = row["prefill_ms"]["median"]
-        label = f" {ms:.3g} ms, {ms / floor:.3g} x floor; first token {first:.3g} ms"
+        label = f" {number(ms)} ms, {number(ms / floor)} x floor; first token {number(first)} ms"
         weight = "bold" if row["name"].startswith("padless") else "normal"
         end = max(ms, spread["p80"])
         axis.text(end, place, label, va="center", fontsize=8.5, fontweight=weight)

@@ -166,12 +166,15 @@ def test_headline_shows_the_times_of_the_record() -> None:
 def test_plot_of_generation_shows_every_row_that_has_numbers() -> None:
     from benchmarks.plots_generation import plot_generation
 
-    figure = plot_generation(generation_record())
+    made = generation_record()
+    made["tables"][1]["rows"][0]["prefill_ms"]["median"] = 1028.6
+    figure = plot_generation(made)
     shown = [text.get_text() for axis in figure.axes for text in axis.get_yticklabels()]
     rows = [row for table in generation_record()["tables"] for row in table["rows"]]
     assert sorted(shown) == sorted(row["name"] for row in rows if row["reason"] is None)
     labels = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert " 2.44 ms, 1.82 x floor; first token 61 ms" in labels
+    assert " 2.44 ms, 1.82 x floor; first token 61.0 ms" in labels
+    assert " 12.0 ms, 8.96 x floor; first token 1029 ms" in labels
 
 
 def test_shared_sequences_have_a_table_and_a_verdict() -> None:
