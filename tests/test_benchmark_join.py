@@ -16,7 +16,7 @@ def _record(commit: str, *cases: str, **other: Any) -> dict[str, Any]:
         "format": 1, "name": "generation", "smoke": False, "versions": {"torch": "2.11"},
         "hardware": {"device": "A GPU", "driver": commit}, "command": f"run {commit}",
         "date": "2026-01-01", "commit": commit, "ceilings": {"copy_tb_s": 3.0},
-        "tables": [{"case": case, "ms": commit} for case in cases],
+        "tables": [{"case": case, "ms": commit, "rows": []} for case in cases],
     }  # fmt: skip
     return {**record, **other}
 
