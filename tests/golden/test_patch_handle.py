@@ -212,6 +212,8 @@ def test_replacing_the_attention_proves_itself_while_other_models_die(
 ) -> None:
     # The proof counts calls; those of a model that is collected meanwhile are not among them.
     ids, real = batch("left")
+    # Collections see what is made from here on: all of torch would take seconds.
+    gc.freeze()
     model = build_model()
     model.itself = [model]
     with padless.replace_llama_attn_with_flash_attn():
@@ -225,8 +227,11 @@ def test_replacing_the_attention_proves_itself_while_other_models_die(
         return train(self, mode)
 
     monkeypatch.setattr(nn.Module, "train", collecting)
-    with padless.replace_llama_attn_with_flash_attn() as handle:
-        assert handle.report().layers == ()
+    try:
+        with padless.replace_llama_attn_with_flash_attn() as handle:
+            assert handle.report().layers == ()
+    finally:
+        gc.unfreeze()
 
 
 def test_replacing_the_attention_of_a_patched_process_is_refused() -> None:
