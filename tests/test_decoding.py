@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -18,7 +19,7 @@ from padless.backends import fa4, sdpa, torch_varlen
 from padless.backends.request import AttentionRequest
 from padless.backends.rows import CachedRows
 from padless.generation.cache import attach_store, discard, settle, store_of
-from padless.generation.decoder import choose_decoder
+from padless.generation.decoder import Decoder, choose_decoder
 from padless.generation.store import RaggedStore
 from padless.qualification import decoding
 from padless.qualification.decoding import decoding_fault, judge_decoding
@@ -126,9 +127,9 @@ def _store(lengths: list[int], seqlen: int, *, most: int | None = None) -> tuple
     return store, layout.pad(k).transpose(1, 2), layout.pad(v).transpose(1, 2)
 
 
-def _step(store: RaggedStore, k: Tensor, v: Tensor) -> None:
+def _step(store: RaggedStore, k: Tensor, v: Tensor, *, with_mask: bool = False) -> None:
     store.make_room()
-    store.begin_step(with_mask=False)
+    store.begin_step(with_mask=with_mask)
     store.put_newest(0, k, v)
     store.count_step()
 
@@ -142,6 +143,26 @@ def test_a_store_gives_back_the_padded_form() -> None:
     assert store.rows.lengths.tolist() == [9, 5, 7]
     got = store.padded(0)
     assert torch.equal(got[0], k) and torch.equal(got[1], v)
+
+
+@pytest.mark.parametrize("with_mask", [False, True], ids=["by-lengths", "by-a-mask"])
+def test_a_step_attends_to_the_keys_of_its_rows_alone(with_mask: bool) -> None:
+    store, k, v = _store([5, 1, 3], 5)
+    real = torch.arange(5) >= 5 - store.rows.lengths[:, None]
+    for buffer in store.layers[0]:
+        buffer[torch.arange(store.capacity) >= store.rows.lengths[:, None]] = 7.0
+    decoder = Decoder("sdpa", sdpa, with_mask)
+    for _ in range(4):
+        new_k, new_v = torch.randn(2, 3, 2, 8)
+        _step(store, new_k, new_v, with_mask=with_mask)
+        k, v = (torch.cat([x, n[:, :, None]], 2) for x, n in ((k, new_k), (v, new_v)))
+        real = torch.cat([real, torch.ones(3, 1, dtype=torch.bool)], 1)
+        q = torch.randn(3, 4, 8)
+        want = F.scaled_dot_product_attention(
+            q[:, :, None], *(x.repeat_interleave(2, 1) for x in (k, v)),
+            attn_mask=real[:, None, None], scale=0.3,
+        )  # fmt: skip
+        torch.testing.assert_close(decoder.attend(store, 0, q, 0.3), want[:, :, 0])
 
 
 @pytest.mark.parametrize("indices", [[2, 0, 0], [1, 2, 0], [0, 0, 1, 1, 2, 2], [2]], ids=str)
