@@ -48,32 +48,28 @@ class EndedRows:
         self._steps += 1
         self._unread.append(ids)
 
-    def leave_out(self, store: RaggedStore) -> bool:
+    def leave_out(self, store: RaggedStore) -> None:
         """Takes rows that have ended out of the store, if at most half of its rows have not.
-
-        Returns:
-            Whether it has.
 
         Note:
             Waits for the device, once in some steps and only where leaving out half of the rows
             would pay.
         """
         if self._steps % _ASK_EVERY:
-            return False
+            return
         tokens = torch.cat(self._unread, 1)
         self._unread.clear()
         self._ended |= (tokens[..., None] == self._end_tokens).flatten(1).any(1)
         if store.batch < 2 or not self._pays(store):
-            return False
+            return
         left = (~self._ended).nonzero().flatten()
         if not 0 < left.shape[0] <= store.batch // 2:
-            return False
+            return
         within = left
         if self.kept is not None:
             within = (self.kept == left[:, None]).nonzero()[:, 1]
         store.leave_out(within)
         self.kept = left
-        return True
 
     def pick(self, x: Tensor) -> Tensor:
         """Picks the rows that steps compute of `(rows, ...)`."""
