@@ -113,6 +113,16 @@ def test_a_capture_has_to_pay_for_itself() -> None:
     assert rows._pays(Held())  # type: ignore[arg-type]
 
 
+def test_no_row_is_left_out_where_that_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = _store()
+    rows = EndedRows(torch.tensor([7]), 8)
+    monkeypatch.setattr(EndedRows, "_pays", lambda self, store: False)
+    assert _step(rows, store, [7, 7, 7, 7, 7, 7, 7, 1]).shape == (8, 1)
+    assert rows.kept is None
+    monkeypatch.setattr(EndedRows, "_pays", lambda self, store: True)
+    assert _step(rows, store, [0, 0, 0, 0, 0, 0, 0, 1]).shape == (1, 1)
+
+
 def test_what_all_rows_hold() -> None:
     store, _ = _store()
     # k and v, 8 rows of at most 5 tokens, 2 heads of 8 float32.
