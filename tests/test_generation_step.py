@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 import padless
 from norm_cases import build_model, generate
@@ -162,3 +162,23 @@ def test_whether_a_graph_can_be_captured_is_found_out_behind_the_first_token(
     with padless.patch(model):
         generate(model, new=new)
     assert seen == (["prompt"] if new == 1 else ["prompt", "looked"])
+
+
+def test_no_cache_is_made_beside_the_one_of_real_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    for name in ("__init__", "update"):
+        stock = getattr(DynamicCache, name)
+
+        def counted(
+            self: Any, *args: Any, name: str = name, stock: Any = stock, **rest: Any
+        ) -> Any:
+            made.append(name)
+            return stock(self, *args, **rest)
+
+        monkeypatch.setattr(DynamicCache, name, counted)
+    model = build_model()
+    with padless.patch(model) as handle:
+        generate(model, new=5)
+        assert handle.report().decoding_steps == 4
+    # The one that `generate` brings along, and nothing is put into it.
+    assert made == ["__init__"]

@@ -198,6 +198,8 @@ class _Store:
         ({"attention_mask": torch.ones(2, 6)}, "a mask that is not the prompt's"),
         ({"position_ids": torch.ones(2, 2)}, "position_ids that are not"),
         ({"inputs_embeds": torch.ones(2, 1, 8)}, "the argument inputs_embeds"),
+        ({"output_attentions": True}, "the argument output_attentions"),
+        ({"output_attentions": False, "labels": None}, None),
     ],
 )
 def test_what_a_step_is_refused_for(changed: dict[str, Any], reason: str | None) -> None:
