@@ -147,7 +147,7 @@ def _lengths(record: Json) -> str:
             floors = [ms for name in names.FLOORS if (ms := median_ms(table, name)) is not None]
             if ours is None or not floors:
                 reason = found[names.PADLESS]["reason"] or "no floor"
-                lines.append([f"{table['tokens_real']:,}", reason, "", "", "", ""])
+                lines.append([f"{table['tokens_real']:,}", reason, *[""] * (len(header) - 2)])
                 continue
             compared = [found[name] for name in (names.PADLESS, *names.FLOORS) if name in found]
             cells = [turns(compared), number(ours), number(min(floors))]

@@ -212,13 +212,6 @@ def test_replacing_the_attention_proves_itself_while_other_models_die(
 ) -> None:
     # The proof counts calls; those of a model that is collected meanwhile are not among them.
     ids, real = batch("left")
-    # Collections see what is made from here on: all of torch would take seconds.
-    gc.freeze()
-    model = build_model()
-    model.itself = [model]
-    with padless.replace_llama_attn_with_flash_attn():
-        run_logits(model, ids, real.long())
-    del model
     train, stock = nn.Module.train, modeling_llama.LlamaAttention.forward
 
     def collecting(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -226,8 +219,15 @@ def test_replacing_the_attention_proves_itself_while_other_models_die(
             gc.collect()
         return train(self, mode)
 
-    monkeypatch.setattr(nn.Module, "train", collecting)
+    # Collections see what is made from here on: all of torch would take seconds.
+    gc.freeze()
     try:
+        model = build_model()
+        model.itself = [model]
+        with padless.replace_llama_attn_with_flash_attn():
+            run_logits(model, ids, real.long())
+        del model
+        monkeypatch.setattr(nn.Module, "train", collecting)
         with padless.replace_llama_attn_with_flash_attn() as handle:
             assert handle.report().layers == ()
     finally:
